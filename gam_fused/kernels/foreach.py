@@ -1,0 +1,155 @@
+"""The arithmetic in ``torch._foreach_*``: runs wherever PyTorch runs, on any device.
+
+Each public operator is a handful of multi-tensor calls. Temporaries are made in batches, so that they stay bounded by
+``_BATCH_BYTES`` or the largest tensor; only ``perturb_`` needs more, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gam_fused.kernels.interface import Backend, TensorList, accumulation_dtype
+
+# Elements that one thread adds up at one go on the CPU. Left to itself, PyTorch adds up a long vector in one thread or,
+# from 32768 elements on and if there are gaps between them, in as many parts as there are threads, which lets the
+# number of threads into the last bits of the result.
+_CHUNK = 16384
+
+# Elements widened at one go before they are reduced; 1 MiB of float32 stays in cache.
+_BLOCK = 16 * _CHUNK
+
+_BATCH_BYTES = 64 * 2**20
+
+
+class ForeachBackend(Backend):
+    """Multi-tensor operators made of PyTorch's own; never synchronises with the device."""
+
+    name = "foreach"
+
+    @staticmethod
+    def unavailable_reason() -> str | None:
+        """``None``: runs wherever PyTorch runs."""
+        return None
+
+    @torch.no_grad()
+    def _l2_norm(self, tensors: TensorList) -> Tensor:
+        if not tensors:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        wide = accumulation_dtype(tensors[0].dtype)
+        if tensors[0].device.type != "cpu":
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide)))
+
+        small = [tensor for tensor in tensors if tensor.numel() <= _CHUNK]
+        partials = [_chunk_norms(_flat(tensor), wide) for tensor in tensors if tensor.numel() > _CHUNK]
+        if small:
+            partials.append(torch.stack(torch._foreach_norm(small, 2, dtype=wide)))
+        norms = torch.cat(partials)
+        while norms.numel() > _CHUNK:
+            norms = _chunk_norms(norms, wide)
+        return torch.linalg.vector_norm(norms)
+
+    @torch.no_grad()
+    def _perturb_(
+        self,
+        params: TensorList,
+        directions: TensorList,
+        direction_norm: Tensor,
+        grad_norm: Tensor,
+        rho: float,
+        xi: float,
+    ) -> None:
+        if not params:
+            return
+        wide = accumulation_dtype(params[0].dtype)
+        scale = rho / (_scalar(direction_norm, params) + xi * (_scalar(grad_norm, params) + xi))
+        # The adversarial point of the whole list has to exist before the first backup is written: once all backups are,
+        # and no parameter is, the direction is stored nowhere else. So this takes as much temporary memory as the
+        # parameters do, and a kernel that swaps element by element takes none.
+        adversarial: list[Tensor] = []
+        for batch in _batches(params):
+            moved = torch._foreach_mul(_cast(directions[batch], wide), scale)
+            torch._foreach_add_(moved, _cast(params[batch], wide))
+            adversarial += _cast(moved, params[0].dtype)
+        torch._foreach_copy_(list(directions), list(params))
+        torch._foreach_copy_(list(params), adversarial)
+
+    @torch.no_grad()
+    def _restore_(self, params: TensorList, backups: TensorList) -> None:
+        if params:
+            torch._foreach_copy_(list(params), list(backups))
+
+    @torch.no_grad()
+    def _combine_(
+        self,
+        params: TensorList,
+        backups: TensorList,
+        grads: TensorList,
+        hvps: TensorList,
+        adversarial_norm: Tensor,
+        rho: float,
+        alpha: float,
+        xi: float,
+    ) -> None:
+        if not params:
+            return
+        self._restore_(params, backups)
+        wide = accumulation_dtype(params[0].dtype)
+        scale = alpha * rho / (_scalar(adversarial_norm, params) + xi)
+        for batch in _batches(grads):
+            penalty = torch._foreach_mul(_cast(hvps[batch], wide), scale)
+            combined = _cast(grads[batch], wide)
+            torch._foreach_add_(combined, penalty)
+            if wide != grads[0].dtype:
+                torch._foreach_copy_(list(grads[batch]), combined)
+
+
+def _scalar(norm: Tensor, tensors: TensorList) -> Tensor:
+    """The norm as a 0-d tensor to compute with beside ``tensors``."""
+    return norm.to(tensors[0].device, accumulation_dtype(tensors[0].dtype))
+
+
+def _cast(tensors: TensorList, dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in ``dtype``: themselves where they have it, otherwise copies, rounded once."""
+    if tensors[0].dtype == dtype:
+        return list(tensors)
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def _batches(tensors: TensorList) -> Iterator[slice]:
+    """Slices of the list whose tensors take up to ``_BATCH_BYTES`` in the accumulation dtype, or one larger tensor."""
+    itemsize = accumulation_dtype(tensors[0].dtype).itemsize
+    start, size = 0, 0
+    for i, tensor in enumerate(tensors):
+        nbytes = tensor.numel() * itemsize
+        if i > start and size + nbytes > _BATCH_BYTES:
+            yield slice(start, i)
+            start, size = i, 0
+        size += nbytes
+    yield slice(start, len(tensors))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in one dimension, in the order of memory: a view of dense tensors, a copy of those with gaps."""
+    by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(by_stride).reshape(-1)
+
+
+def _chunk_norms(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """2-norms of consecutive chunks of a 1-d contiguous tensor. Threads share out whole chunks, so they leave no trace.
+
+    Chunks are also more exact than a long float32 vector in one go, and widening a narrower one block by block is
+    several times faster than ``vector_norm(..., dtype=torch.float32)``.
+    """
+    norms = []
+    for block in torch.split(flat, _BLOCK):
+        block = block.to(dtype)
+        whole = block.numel() // _CHUNK * _CHUNK
+        norms.append(torch.linalg.vector_norm(block[:whole].view(-1, _CHUNK), dim=1))
+        if whole < block.numel():
+            norms.append(torch.linalg.vector_norm(block[whole:]).view(1))
+    return torch.cat(norms)

@@ -1,0 +1,58 @@
+"""From all tensors of a step to the lists of one device and dtype that a back end takes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gam_fused.kernels.interface import Backend
+
+T = TypeVar("T")
+
+
+def buckets(
+    tensors: Sequence[Tensor], keys: Sequence[tuple[Hashable, ...]] | None = None
+) -> dict[tuple[Any, ...], list[int]]:
+    """Group indices by device, dtype and, where given, one more key per tensor.
+
+    Args:
+        tensors: any tensors.
+        keys: as many tuples, such as (ρ, ξ) of each tensor's param group; ``None`` for none.
+
+    Returns:
+        ``(device, dtype, *key)`` → the indices that share it, ascending; buckets in the order of their first tensors.
+
+    Raises:
+        ValueError: ``keys`` and ``tensors`` differ in length.
+    """
+    if keys is None:
+        keys = [()] * len(tensors)
+    if len(keys) != len(tensors):
+        raise ValueError(f"keys: {len(keys)} given, expected {len(tensors)}, one for each tensor")
+    grouped: dict[tuple[Any, ...], list[int]] = {}
+    for i, (tensor, key) in enumerate(zip(tensors, keys, strict=True)):
+        grouped.setdefault((tensor.device, tensor.dtype, *key), []).append(i)
+    return grouped
+
+
+def take(items: Sequence[T], indices: Sequence[int]) -> list[T]:
+    """The items at ``indices``, in that order."""
+    return [items[i] for i in indices]
+
+
+@torch.no_grad()
+def global_norm(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
+    """2-norm over all tensors, whatever their devices and dtypes.
+
+    0-d, on the first tensor's device, in the widest accumulation dtype among the tensors; float32 zero on the CPU for
+    no tensors. Partial norms are combined in the order of :func:`buckets`, so that equal inputs give equal bits. The
+    host waits only where tensors are spread over the CPU and another device.
+    """
+    partials = [backend.l2_norm(take(tensors, indices)) for indices in buckets(tensors).values()]
+    if len(partials) < 2:
+        return partials[0] if partials else backend.l2_norm([])
+    widest = torch.float64 if any(partial.dtype == torch.float64 for partial in partials) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([partial.to(tensors[0].device, widest) for partial in partials]))

@@ -1,0 +1,30 @@
+"""Which back ends, dtypes and devices the operators are tested on. A new back end is one more name in BACKENDS."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gam_fused import kernels
+from gam_fused.kernels import Backend
+
+BACKENDS = ("foreach", "reference")
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    reason = kernels.available()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return kernels.resolve(request.param)
+
+
+@pytest.fixture(scope="session", params=list(DTYPES.values()), ids=list(DTYPES))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
