@@ -1,5 +1,6 @@
 """GAM, Gradient norm Aware Minimization, for PyTorch: flatter minima from a drop-in optimizer."""
 
 from gam_fused._version import __version__
+from gam_fused.gam import GAM
 
-__all__ = ["__version__"]
+__all__ = ["GAM", "__version__"]

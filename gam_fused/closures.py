@@ -1,0 +1,198 @@
+"""Running the user's closure: its ordinary ``loss.backward()`` is taken over, its side effects are replayed.
+
+While a closure runs, a :class:`torch.overrides.TorchFunctionMode` sees every call into PyTorch made by this thread.
+Nothing is patched, and when the closure returns or raises, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from gam_fused.derivatives import Gradients
+from gam_fused.replay import Replay
+
+Closure = Callable[[], Any]
+
+# Where running_mean and running_var stand among the positional arguments.
+_RUNNING_STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {
+    F.batch_norm: (1, 2),
+    F.instance_norm: (1, 2),
+    torch.batch_norm: (3, 4),
+    torch.instance_norm: (3, 4),
+}
+
+
+class Evaluation:
+    """What one run of the closure gave: the loss it returned, detached, and the gradient of what it differentiated."""
+
+    def __init__(self, loss: Tensor, gradients: Gradients) -> None:
+        self.loss = loss
+        self.gradients = gradients
+
+
+def evaluate(closure: Closure, params: Sequence[Tensor], replay: Replay, *, create_graph: bool) -> Evaluation:
+    """Run ``closure`` once and differentiate.
+
+    Three kinds of closure are understood: one that returns a scalar loss; an ordinary one that also calls
+    ``zero_grad()`` and ``loss.backward()``; and one that calls ``backward()`` several times, whose loss is the sum.
+
+    Raises:
+        TypeError: the closure returned something other than a tensor.
+        ValueError: the loss is not a real scalar, or depends on nothing that requires gradients.
+    """
+    replay.begin_pass()
+    for param in params:
+        param.grad = None
+    gradients = Gradients(params, create_graph=create_graph)
+    interception = _Interception(params, gradients, replay)
+    # The fused attention kernels have no second derivative; the one made of matrix products has.
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+    with torch.enable_grad(), attention, interception:
+        loss = closure()
+    replay.end_pass()
+    check_loss(loss, needs_graph=not interception.backward_called)
+    if interception.backward_called:
+        interception.warn_of_changed_gradients()
+    else:
+        gradients.add([loss], [None])
+    return Evaluation(loss.detach(), gradients)
+
+
+def differentiated(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> Evaluation:
+    """As :func:`evaluate`, of a loss that the user's own forward pass has given."""
+    gradients = Gradients(params, create_graph=create_graph)
+    gradients.add([loss], [None])
+    return Evaluation(loss.detach(), gradients)
+
+
+def check_loss(loss: Any, *, needs_graph: bool, name: str = "the closure's return value") -> None:
+    """Raise unless ``loss`` is a real scalar tensor, with a graph where one is needed."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} must be the scalar loss tensor, got {loss!r}; end the closure with `return loss`.")
+    if loss.numel() != 1 or not loss.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} must be one real number, got shape {tuple(loss.shape)} and dtype {loss.dtype}; "
+            "reduce it first, for example with loss.mean()."
+        )
+    if needs_graph and not loss.requires_grad:
+        raise ValueError(
+            f"{name} is detached ({loss!r} has no grad_fn); return the loss itself, not loss.detach(), and compute it "
+            "without torch.no_grad()."
+        )
+
+
+class _Interception(TorchFunctionMode):
+    """Takes over ``backward`` and watches running statistics and explicit generators."""
+
+    def __init__(self, params: Sequence[Tensor], gradients: Gradients, replay: Replay) -> None:
+        super().__init__()
+        self.backward_called = False
+        self._params = params
+        self._gradients = gradients
+        self._replay = replay
+        self._counter: tuple[Tensor, Tensor] | None = None
+        self._handed_out: dict[int, tuple[Tensor, int]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self._tensor_backward(*args, **kwargs)
+        if func is torch.autograd.backward:
+            return self._autograd_backward(*args, **kwargs)
+        if (generator := kwargs.get("generator")) is not None:
+            self._replay.watch_generator(generator)
+        if (places := _RUNNING_STATISTICS.get(func)) is not None:
+            self._watch_running_statistics(places, args, kwargs)
+        elif func is Tensor.add_:
+            self._remember_counter(args[0])
+        return func(*args, **kwargs)
+
+    def _watch_running_statistics(self, places: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, place in zip(("running_mean", "running_var"), places, strict=True):
+            statistic = args[place] if place < len(args) else kwargs.get(name)
+            if statistic is not None:
+                self._replay.watch_buffer(statistic)
+                if self._counter is not None:
+                    self._replay.watch_buffer(*self._counter)
+        self._counter = None
+
+    def _remember_counter(self, tensor: Tensor) -> None:
+        # A batch-norm layer counts with `num_batches_tracked.add_(1)` just before it calls F.batch_norm, which never
+        # sees the counter. So the last integer that was added to belongs to the running statistics that come next.
+        if tensor.dtype == torch.long and tensor.dim() == 0:
+            self._counter = (tensor, tensor.detach().clone())
+
+    def _tensor_backward(
+        self,
+        tensor: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        self._backward([tensor], [gradient], retain_graph or create_graph, inputs)
+
+    def _autograd_backward(
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if grad_tensors is None:
+            grad_tensors = [None] * len(losses)
+        grad_outputs = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors)
+        self._backward(losses, grad_outputs, retain_graph or create_graph, inputs)
+
+    def _backward(
+        self, losses: list[Tensor], grad_outputs: list[Tensor | None], retain_graph: bool, inputs: Any
+    ) -> None:
+        if inputs is not None:
+            raise ValueError(
+                "backward(inputs=...) inside a GAM closure is not supported: GAM differentiates by the parameters that "
+                "it was built with. Leave `inputs` out, or build GAM over those parameters only."
+            )
+        self.backward_called = True
+        gradients = self._gradients.add(losses, grad_outputs, retain_graph=retain_graph)
+        for param, gradient in zip(self._params, gradients, strict=True):
+            if gradient is not None:
+                self._hand_out(param, gradient)
+
+    def _hand_out(self, param: Tensor, gradient: Tensor) -> None:
+        # The closure may read .grad after backward(), and zero it; the step's own gradient must not change with it.
+        if param.grad is None:
+            param.grad = gradient.clone()
+        else:
+            param.grad.add_(gradient)
+        self._handed_out[id(param)] = (param.grad, param.grad._version)
+
+    def warn_of_changed_gradients(self) -> None:
+        """A closure that clips or scales ``.grad`` expects that to count; GAM differentiates the loss itself."""
+        for param in self._params:
+            handed_out, version = self._handed_out.get(id(param), (None, 0))
+            if param.grad is not None and (param.grad is not handed_out or param.grad._version != version):
+                warnings.warn(
+                    "the closure changed .grad after backward() (gradient clipping?). GAM differentiates the loss "
+                    "itself and does not see that change. Clip the combined gradient instead, in "
+                    "optimizer.base_optimizer.register_step_pre_hook(...).",
+                    stacklevel=2,
+                )
+                return

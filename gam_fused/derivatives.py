@@ -1,0 +1,180 @@
+"""Gradients and Hessian-vector products of the losses that a closure hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import grad as differentiate
+from torch.utils.checkpoint import CheckpointFunction
+
+_NO_SECOND_DERIVATIVE = ("is not implemented", "double backward", "once_differentiable", "differentiate twice")
+
+
+class Gradients:
+    """The gradient of the sum of one or more losses, with its graph if a second derivative is to follow.
+
+    Args:
+        params: the parameters to differentiate by.
+        create_graph: keep the graph of the gradient, so that :meth:`hvp` can differentiate it once more. With several
+            losses (micro-batches) the graphs of all of them stay alive until then: the Hessian of a sum times the
+            gradient of the sum needs the whole gradient first.
+    """
+
+    def __init__(self, params: Sequence[Tensor], *, create_graph: bool) -> None:
+        self._params = params
+        self._create_graph = create_graph
+        self._terms: list[list[Tensor | None]] = []
+        self.total: list[Tensor | None] = [None] * len(params)
+        """∇L by parameter, detached; ``None`` where no loss depends on the parameter."""
+
+    def add(
+        self, losses: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], *, retain_graph: bool = False
+    ) -> list[Tensor | None]:
+        """Add losses that were computed in one graph and return their own gradient, detached.
+
+        ``retain_graph``: losses that are added later share some of this graph. Implied by ``create_graph``.
+        """
+        _check_custom_functions(losses, twice=self._create_graph)
+        with outside_autocast(self._params):
+            terms = differentiate(
+                list(losses),
+                self._params,
+                list(grad_outputs),
+                retain_graph=retain_graph or self._create_graph,
+                create_graph=self._create_graph,
+                allow_unused=True,
+            )
+        if self._create_graph:
+            self._terms.append(list(terms))
+        detached: list[Tensor | None] = [
+            None if term is None else _dense(term.detach(), i) for i, term in enumerate(terms)
+        ]
+        if not self._create_graph:
+            # The closure runs again before these are used: a buffer that an operator reuses must not change them.
+            del terms
+            detached = [
+                grad if grad is None else owned([grad], [param])[0]
+                for grad, param in zip(detached, self._params, strict=True)
+            ]
+        for i, term in enumerate(detached):
+            total = self.total[i]
+            if term is not None:
+                self.total[i] = term if total is None else total + term
+        return detached
+
+    def hvp(self, indices: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for the parameters at ``indices``, by double backward; frees the graph.
+
+        Zero where the gradient does not depend on a parameter. Raises ``RuntimeError`` naming the way out where
+        PyTorch has no second derivative of an operator.
+        """
+        outputs: list[Tensor] = []
+        grad_outputs: list[Tensor] = []
+        for terms in self._terms:
+            for i, vector in zip(indices, vectors, strict=True):
+                # A gradient without a graph is constant (a linear loss, a parameter with 0 elements): H has no row.
+                if (term := terms[i]) is not None and term.requires_grad:
+                    outputs.append(term)
+                    grad_outputs.append(vector)
+        self._terms.clear()
+        params = [self._params[i] for i in indices]
+        if not outputs:
+            return [torch.zeros_like(param) for param in params]
+        try:
+            with outside_autocast(params):
+                products = differentiate(outputs, params, grad_outputs, allow_unused=True)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _NO_SECOND_DERIVATIVE):
+                raise
+            raise RuntimeError(_no_second_derivative(str(error).rstrip("."))) from error
+        return [
+            torch.zeros_like(param) if product is None else product.detach()
+            for param, product in zip(params, products, strict=True)
+        ]
+
+
+def owned(tensors: Iterable[Tensor], params: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors themselves where a step may write into them, copies where it may not.
+
+    What autograd returns is not always ours to write: the gradients of ``a + b`` are one tensor, that of a sum is
+    expanded from one number, a product may *be* the vector it was given, a custom backward may return the user's own
+    data. A step may write into a tensor that is laid out like its parameter in memory that nobody else holds. (For
+    ``.backward()``, PyTorch's ``AccumulateGrad`` decides alike.)
+    """
+    return [
+        tensor
+        if tensor.stride() == param.stride() and _is_sole_owner(tensor)
+        else torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        for tensor, param in zip(tensors, params, strict=True)
+    ]
+
+
+def _is_sole_owner(tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage()
+    # Two references: the tensor's own and the Python object made on the line above.
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
+
+
+def _no_second_derivative(reason: str) -> str:
+    return (
+        f"hvp='exact' needs the second derivative of every operator in the loss, and one has none: {reason}. "
+        "Replace that operator, or use hvp='finite_difference', which needs first derivatives only."
+    )
+
+
+def _check_custom_functions(losses: Sequence[Tensor], *, twice: bool) -> None:
+    """Raise where ``torch.autograd.grad`` would say nothing and return derivatives with terms missing.
+
+    A reentrant checkpoint hides the parameters of its block from everything but ``backward()``: they look unused. What
+    a once-differentiable function returns looks constant to a second derivative. A walk over the graph takes about a
+    microsecond per node.
+    """
+    nodes = [loss.grad_fn for loss in losses]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        function = getattr(type(node), "_forward_cls", None)  # only functions written in Python have one
+        if function is CheckpointFunction:
+            raise RuntimeError(
+                "torch.utils.checkpoint with use_reentrant=True works with .backward() only, and GAM differentiates by "
+                "torch.autograd.grad; pass use_reentrant=False."
+            )
+        if twice and function is not None and _is_once_differentiable(function):
+            raise RuntimeError(_no_second_derivative(f"{function.__name__} is marked as once_differentiable"))
+        found = {following for following, _ in node.next_functions} - seen
+        seen |= found
+        nodes += found
+
+
+def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:
+    for backward in (function.backward, function.vjp):
+        while (wrapped := getattr(backward, "__wrapped__", None)) is not None:
+            # The decorator leaves no mark but the module that its wrapper was written in.
+            if getattr(backward, "__globals__", None) is vars(torch.autograd.function):
+                return True
+            backward = wrapped
+    return False
+
+
+def _dense(gradient: Tensor, index: int) -> Tensor:
+    if gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of parameter {index} (shape {tuple(gradient.shape)}) is {gradient.layout}; GAM needs dense "
+            "gradients: build the layer with sparse=False."
+        )
+    return gradient
+
+
+@contextmanager
+def outside_autocast(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Switch autocast off: derivatives run in the dtypes that their forward pass chose, as PyTorch advises."""
+    with ExitStack() as stack:
+        for device in {tensor.device.type for tensor in tensors}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

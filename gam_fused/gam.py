@@ -1,0 +1,358 @@
+"""Gradient norm Aware Minimization (GAM): Zhang et al., CVPR 2023, arXiv 2303.03108.
+
+First-order flatness is R¹_ρ(θ) = ρ · max over the ball B(θ, ρ) of ‖∇L‖; GAM minimizes L + α R¹_ρ. One step, all of it
+on one mini-batch, with H the Hessian of its loss:
+
+    g      = ∇L(θ)                                   gradient
+    f      = H(θ) g / (‖g‖ + ξ)                      gradient of the gradient norm
+    θ_adv  = θ + ρ f / (‖f‖ + ξ)                     ascent to the adversarial point
+    g_adv  = ∇L(θ_adv)
+    h      = ρ H(θ_adv) g_adv / (‖g_adv‖ + ξ)        gradient of the flatness penalty
+    θ     ← θ − η (g + α h)                          through any base optimizer
+
+Norms are global: over every trainable parameter of every group. A Hessian-vector product is linear, so it is taken of
+g itself and the division is left to the launch that uses the result: with u = H(θ) g, f/(‖f‖ + ξ) = u / (‖u‖ + ξ(‖g‖ +
+ξ)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gam_fused import arguments
+from gam_fused.closures import Closure, Evaluation, check_loss, differentiated, evaluate
+from gam_fused.derivatives import owned
+from gam_fused.finite_difference import finite_difference_hvp
+from gam_fused.interrupts import uninterrupted
+from gam_fused.kernels.grouping import buckets, global_norm, take
+from gam_fused.transaction import Transaction
+from gam_fused.wrapping import OptimizerWrapper
+
+# Measured: benchmarks/results/rho_alpha_small_data.csv, discussed in the README.
+DEFAULT_RHO = 0.05
+DEFAULT_ALPHA = 0.1
+DEFAULT_XI = 1e-12
+DEFAULT_FD_EPSILON = 1e-2
+
+
+class GAM(OptimizerWrapper):
+    """Gradient norm Aware Minimization around any base optimizer.
+
+    Example::
+
+        optimizer = GAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model)
+        for x, y in loader:
+            loss = optimizer.step(lambda: criterion(model(x), y))
+
+    The closure is run twice per step (four times with finite differences), so it must not draw new data. It may also be
+    an ordinary PyTorch closure that calls ``zero_grad()`` and ``loss.backward()``, once or several times.
+
+    A step that raises, or that meets a non-finite loss, gradient or Hessian-vector product, leaves parameters,
+    optimizer state, buffers and random states bitwise as they were. In the second case it returns normally and
+    is counted in ``metrics["skipped_steps"]``; the guard is read once per step on the host, the only synchronisation.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or param groups. Groups may set ``rho``, ``alpha`` and ``xi`` as they may
+            set ``lr`` (as ``gam_alpha`` or ``gam_rho`` where the base optimizer has an ``alpha`` or ``rho`` of its own,
+            such as RMSprop and Adadelta). Dense and real: float64, float32, bfloat16, float16.
+        base_optimizer: an optimizer class, built over the same groups with ``base_kwargs``.
+        rho: radius ρ ≥ 0 of the ball, in units of the parameters' global 2-norm.
+        alpha: weight α ≥ 0 of the flatness penalty, dimensionless.
+        xi: ξ ≥ 0, keeps divisions by a norm finite.
+        hvp: ``"exact"`` (double backward) or ``"finite_difference"`` (first derivatives only; on networks with kinks,
+            such as ReLU, a different algorithm).
+        fd_epsilon: length of the finite-difference step > 0, in units of the parameters' global 2-norm.
+        model: the module whose buffers advance once per step. Without it, running statistics that pass through
+            ``torch.nn.functional.batch_norm`` and ``instance_norm`` are found while the closure runs.
+        backend: ``"auto"`` or a name from :func:`gam_fused.kernels.available`; ``auto`` heeds ``GAM_FUSED_BACKEND``.
+        interval: k ≥ 1: the flatness term in every k-th step, the base optimizer alone between.
+        base_kwargs: for the base optimizer: ``lr``, ``momentum``, ``weight_decay``, …
+
+    Attributes:
+        metrics: 0-d tensors of the last step: ``loss``, ``grad_norm`` ‖g‖, ``ascent_norm`` ‖u‖,
+            ``adversarial_grad_norm`` ‖g_adv‖, ``first_order_flatness`` ρ‖g_adv‖ (the largest ρ of the groups), and
+            ``skipped_steps``, counted from the start. In the steps between two flatness terms the values of the last
+            one remain.
+        steps: how many steps have returned, skipped ones included.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        RuntimeError: the back end cannot run here.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] = torch.optim.SGD,
+        *,
+        rho: float = DEFAULT_RHO,
+        alpha: float = DEFAULT_ALPHA,
+        xi: float = DEFAULT_XI,
+        hvp: str = "exact",
+        fd_epsilon: float = DEFAULT_FD_EPSILON,
+        model: nn.Module | None = None,
+        backend: str = "auto",
+        interval: int = 1,
+        **base_kwargs: Any,
+    ) -> None:
+        arguments.check_base_optimizer_class(base_optimizer)
+        base = base_optimizer(arguments.listed_groups(params), **base_kwargs)
+        self._wrap(base, rho, alpha, xi, hvp, fd_epsilon, model, backend, interval)
+
+    @classmethod
+    def wrap(
+        cls,
+        optimizer: Optimizer,
+        *,
+        rho: float = DEFAULT_RHO,
+        alpha: float = DEFAULT_ALPHA,
+        xi: float = DEFAULT_XI,
+        hvp: str = "exact",
+        fd_epsilon: float = DEFAULT_FD_EPSILON,
+        model: nn.Module | None = None,
+        backend: str = "auto",
+        interval: int = 1,
+    ) -> GAM:
+        """GAM around an optimizer already built, whose groups and state it keeps. Arguments as for :class:`GAM`."""
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+            raise TypeError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer)}.")
+        arguments.check_base_optimizer_class(type(optimizer))
+        arguments.listed_groups(optimizer.param_groups)
+        gam = cls.__new__(cls)
+        gam._wrap(optimizer, rho, alpha, xi, hvp, fd_epsilon, model, backend, interval)
+        return gam
+
+    def _wrap(
+        self,
+        base: Optimizer,
+        rho: float,
+        alpha: float,
+        xi: float,
+        hvp: str,
+        fd_epsilon: float,
+        model: nn.Module | None,
+        backend: str,
+        interval: int,
+    ) -> None:
+        arguments.check_choice("hvp", hvp, ("exact", "finite_difference"))
+        arguments.check_positive("fd_epsilon", fd_epsilon)
+        arguments.check_interval(interval)
+        super().__init__(base, {"rho": rho, "alpha": alpha, "xi": xi}, backend, model)
+        self.hvp = hvp
+        self.fd_epsilon = fd_epsilon
+        self.interval = interval
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+        """Take one step and return the loss at θ, detached.
+
+        Args:
+            closure: runs the forward pass and returns the scalar loss; may call ``backward()`` itself. With several
+                ``backward()`` calls (micro-batches) the step is that of the summed loss.
+        """
+        self._refuse_while_pending("step()")
+        arguments.check_closure(closure)
+        self._check_ready()
+        with_flatness = self.steps % self.interval == 0
+        params, _ = self._trainable()
+        transaction = Transaction(self._kernels, params, self.model)
+        with self._all_or_nothing(transaction):
+            create_graph = with_flatness and self.hvp == "exact"
+            run = partial(evaluate, closure, params, transaction.replay, create_graph=create_graph)
+            at_theta = run()  # g = ∇L(θ)
+            if with_flatness:
+                ascent = self._ascend(transaction, at_theta, run)  # θ_adv = θ + ρ f / (‖f‖ + ξ)
+                self._descend(transaction, ascent, run(), run)  # g_adv = ∇L(θ_adv), θ ← θ − η (g + α h)
+            else:
+                self._descend_by_gradient(transaction, at_theta)  # θ ← θ − η g
+        return at_theta.loss
+
+    def _ascend(self, transaction: Transaction, at_theta: Evaluation, run: _Run | None) -> _Ascent:
+        """θ_adv = θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)) with u = H(θ) g."""
+        active = self._active(at_theta)
+        grads = active.of(at_theta)
+        grad_norm = global_norm(self._kernels, grads)
+        directions = owned(self._hvp(transaction, at_theta, run, active, grads, grad_norm), active.params)
+        direction_norm = global_norm(self._kernels, directions)
+        # Only now, since the graph that shared these tensors is gone: the combination is written into them.
+        grads = owned(grads, active.params)
+        transaction.move(active.params, directions, direction_norm, grad_norm, active.rhos, active.xis)
+        return _Ascent(active, grads, backups=directions, loss=at_theta.loss, grad_norm=grad_norm, norm=direction_norm)
+
+    def _descend(self, transaction: Transaction, ascent: _Ascent, at_adversarial: Evaluation, run: _Run | None) -> None:
+        """Restore θ and let the base optimizer step along g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv."""
+        active = ascent.active
+        grads_adv = active.of(at_adversarial)
+        adversarial_norm = global_norm(self._kernels, grads_adv)
+        hvps = owned(self._hvp(transaction, at_adversarial, run, active, grads_adv, adversarial_norm), active.params)
+        self.metrics.update(
+            loss=ascent.loss,
+            grad_norm=ascent.grad_norm,
+            ascent_norm=ascent.norm,
+            adversarial_grad_norm=adversarial_norm,
+            first_order_flatness=adversarial_norm * max(active.rhos, default=0.0),
+        )
+        norms = [ascent.grad_norm, ascent.norm, adversarial_norm, global_norm(self._kernels, hvps)]
+        if not _all_finite([ascent.loss, at_adversarial.loss, *norms]):
+            self._skip(transaction)
+            return
+        with uninterrupted():
+            self._restore_and_combine(transaction, ascent, hvps, adversarial_norm)
+            self._step_base(transaction, active.params, ascent.grads)
+
+    def _descend_by_gradient(self, transaction: Transaction, at_theta: Evaluation) -> None:
+        """Let the base optimizer step along g."""
+        active = self._active(at_theta)
+        grads = owned(active.of(at_theta), active.params)
+        grad_norm = global_norm(self._kernels, grads)
+        self.metrics.update(loss=at_theta.loss, grad_norm=grad_norm)
+        if not _all_finite([at_theta.loss, grad_norm]):
+            self._skip(transaction)
+            return
+        with uninterrupted():
+            self._step_base(transaction, active.params, grads)
+
+    def _hvp(
+        self,
+        transaction: Transaction,
+        evaluation: Evaluation,
+        run: _Run | None,
+        active: _Active,
+        vectors: list[Tensor],
+        norm: Tensor,
+    ) -> list[Tensor]:
+        """H v at the point of ``evaluation``, for its own gradient v."""
+        if run is None or self.hvp == "exact":
+            return evaluation.gradients.hvp(active.indices, vectors)
+        return finite_difference_hvp(transaction, run, active.indices, active.params, vectors, norm, self.fd_epsilon)
+
+    def _restore_and_combine(
+        self, transaction: Transaction, ascent: _Ascent, hvps: list[Tensor], adversarial_norm: Tensor
+    ) -> None:
+        active = ascent.active
+        for (_, _, rho, alpha, xi), at in buckets(active.params, active.penalties).items():
+            self._kernels.combine_(
+                take(active.params, at),
+                take(ascent.backups, at),
+                take(ascent.grads, at),
+                take(hvps, at),
+                adversarial_norm,
+                rho,
+                alpha,
+                xi,
+            )
+        transaction.forget_moves()
+
+    @torch.no_grad()
+    def first_step(self, loss: Tensor) -> None:
+        """Without a closure, first half: from ``loss`` at θ, move the parameters to the adversarial point.
+
+        Run the forward pass again and call :meth:`second_step` with its loss, or :meth:`cancel_step`. Both forward
+        passes are yours: dropout masks differ between them unless you replay the random state yourself. The buffers of
+        ``model``, if it was given, advance once per step all the same.
+        """
+        self._refuse_while_pending("first_step()")
+        if self.hvp != "exact" or self.interval != 1:
+            raise RuntimeError(
+                f"first_step() needs hvp='exact' and interval=1, got hvp={self.hvp!r} and interval={self.interval!r}; "
+                "use step(closure), which runs the forward pass as often as it needs to."
+            )
+        self._check_ready()
+        check_loss(loss, needs_graph=True, name="the loss given to first_step")
+        params, _ = self._trainable()
+        transaction = Transaction(self._kernels, params, self.model, keep_random_states=False)
+        with self._all_or_nothing(transaction):
+            at_theta = differentiated(loss, params, create_graph=True)
+            self._pending = transaction, self._ascend(transaction, at_theta, None)
+
+    @torch.no_grad()
+    def second_step(self, loss_adv: Tensor) -> Tensor:
+        """Without a closure, second half: from the loss at the adversarial point, restore and step.
+
+        Returns the loss at θ, detached. If it raises, the parameters are back at θ and the step is cancelled.
+        """
+        if self._pending is None:
+            raise RuntimeError("second_step() came before first_step(); call first_step(loss) at θ first.")
+        transaction, ascent = self._pending
+        with self._all_or_nothing(transaction):
+            self._pending = None
+            self._check_ready()
+            check_loss(loss_adv, needs_graph=True, name="the loss given to second_step")
+            self._descend(transaction, ascent, differentiated(loss_adv, transaction.params, create_graph=True), None)
+        self._opt_called = True  # what an LR scheduler looks for, and notes itself when step() is called
+        return ascent.loss
+
+    def cancel_step(self) -> None:
+        """Give up a step that :meth:`first_step` began: everything is as before it. Harmless if there is none."""
+        if self._pending is not None:
+            transaction, _ = self._pending
+            transaction.roll_back()
+            self._pending = None
+
+    def _active(self, evaluation: Evaluation) -> _Active:
+        params, groups = self._trainable()
+        indices = [i for i, grad in enumerate(evaluation.gradients.total) if grad is not None]
+        return _Active(indices, take(params, indices), take(groups, indices), self.keys)
+
+
+_Run = Callable[[], Evaluation]
+
+
+@dataclass
+class _Active:
+    """The parameters that have a gradient in this step; all others are left alone."""
+
+    indices: list[int]
+    params: list[Tensor]
+    groups: list[dict[str, Any]]
+    keys: dict[str, str]
+
+    def of(self, evaluation: Evaluation) -> list[Tensor]:
+        """Their gradients, zero where the loss at this point does not depend on a parameter."""
+        total = evaluation.gradients.total
+        return [
+            torch.zeros_like(param) if (grad := total[i]) is None else grad
+            for i, param in zip(self.indices, self.params, strict=True)
+        ]
+
+    @property
+    def rhos(self) -> list[float]:
+        return [group[self.keys["rho"]] for group in self.groups]
+
+    @property
+    def xis(self) -> list[float]:
+        return [group[self.keys["xi"]] for group in self.groups]
+
+    @property
+    def penalties(self) -> list[tuple[float, float, float]]:
+        """(ρ, α, ξ) of each. A base optimizer that maximizes L is given g − α h to negate, so that flatness falls."""
+        alphas = [
+            -group[self.keys["alpha"]] if group.get("maximize", False) else group[self.keys["alpha"]]
+            for group in self.groups
+        ]
+        return list(zip(self.rhos, alphas, self.xis, strict=True))
+
+
+@dataclass
+class _Ascent:
+    """What the first half of a step hands to the second, while the parameters stand at θ_adv."""
+
+    active: _Active
+    grads: list[Tensor]
+    backups: list[Tensor]
+    loss: Tensor
+    grad_norm: Tensor
+    norm: Tensor
+
+
+def _all_finite(values: Sequence[Tensor]) -> bool:
+    """The guard: one read on the host."""
+    device = values[0].device
+    return bool(torch.stack([torch.isfinite(value).reshape(()).to(device) for value in values]).all())

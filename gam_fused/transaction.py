@@ -1,0 +1,109 @@
+"""A step happens in full or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gam_fused.interrupts import uninterrupted
+from gam_fused.kernels.grouping import buckets, take
+from gam_fused.kernels.interface import Backend
+from gam_fused.replay import Replay
+
+
+class _Move(NamedTuple):
+    params: list[Tensor]
+    backups: list[Tensor]
+    versions: list[int]
+
+
+class Transaction:
+    """Everything that a step may change before it is sure to succeed, and how to put it back.
+
+    Moves parameters with the swap of :meth:`Backend.perturb_` (the direction buffer becomes the backup) and keeps the
+    way back; keeps random states, buffers (:class:`Replay`) and ``.grad``. :meth:`roll_back` is safe at every moment,
+    in the middle of a move included.
+
+    Args:
+        backend: moves and restores.
+        params: all trainable parameters of the optimizer.
+        model: see :class:`Replay`.
+        keep_random_states: off for passes that the user runs (:meth:`GAM.first_step`), whose draws are the user's.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        params: Sequence[Tensor],
+        model: nn.Module | None,
+        *,
+        keep_random_states: bool = True,
+    ) -> None:
+        self._backend = backend
+        self.params = params
+        self._grads = [param.grad for param in params]
+        self._moves: list[_Move] = []
+        self._committed = False
+        self.replay = Replay(model, [param.device for param in params] if keep_random_states else None)
+
+    def move(
+        self,
+        params: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        direction_norm: Tensor,
+        grad_norm: Tensor,
+        rhos: Sequence[float],
+        xis: Sequence[float],
+    ) -> None:
+        """θ ← θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)) for directions u, which hold θ from now on."""
+        for (_, _, rho, xi), indices in buckets(params, list(zip(rhos, xis, strict=True))).items():
+            moved, backups = take(params, indices), take(directions, indices)
+            with uninterrupted():
+                # Noted before the launch: if it fails half-way, the versions tell whether parameters were written.
+                self._moves.append(_Move(moved, backups, [param._version for param in moved]))
+                self._backend.perturb_(moved, backups, direction_norm, grad_norm, rho, xi)
+        _forget_cast_weights()
+
+    def move_back(self, count: int = 0) -> None:
+        """Undo the moves after the first ``count``, the last one first. Bitwise, since backups are copies."""
+        while len(self._moves) > count:
+            params, backups, versions = self._moves[-1]
+            # A parameter that was not written has no backup yet: its direction buffer still holds the direction.
+            if any(param._version != version for param, version in zip(params, versions, strict=True)):
+                self._backend.restore_(params, backups)
+            self._moves.pop()
+        _forget_cast_weights()
+
+    @property
+    def moves(self) -> int:
+        """How many launches have moved parameters so far."""
+        return len(self._moves)
+
+    def forget_moves(self) -> None:
+        """Another launch has restored the parameters."""
+        self._moves.clear()
+
+    def commit(self) -> None:
+        """The step succeeded: random states and buffers are those that the first pass left; nothing rolls back now."""
+        self.replay.finish()
+        _forget_cast_weights()
+        self._committed = True
+
+    def roll_back(self) -> None:
+        """Parameters, buffers, random states and ``.grad`` as they were when the transaction began."""
+        if self._committed:
+            return
+        with uninterrupted():
+            self.move_back()
+            self.replay.rewind()
+            for param, grad in zip(self.params, self._grads, strict=True):
+                param.grad = grad
+
+
+def _forget_cast_weights() -> None:
+    # Autocast keeps the cast copies of the weights until its outermost context ends. Where that context is outside of
+    # the step, the copies are of the weights before they were written.
+    torch.clear_autocast_cache()

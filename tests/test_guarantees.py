@@ -1,0 +1,401 @@
+"""What a step guarantees: nothing is lost, nothing non-finite gets in, both passes see one function."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gam_fused
+from gam_fused import GAM, kernels
+from tests.states import assert_same, snapshot
+
+BACKENDS = sorted(name for name, reason in kernels.available().items() if reason is None)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+    # PyTorch's default eps of 1e-8 is 0 in float16, and 0/0 no matter of ours.
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-3}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "eps": 1e-3}),
+}
+
+over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+over_bases = pytest.mark.parametrize("base", BASES)
+
+
+class Task:
+    """A network with BatchNorm, dropout, an unused layer and a tap, on one batch; faults can be planted in any pass.
+
+    A fault stands at (pass, stage): pass 1 is at θ, pass 2 at θ_adv; the stages of the tapped activation are its
+    forward, its backward and the backward of its backward.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(7)
+        self.first = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.GELU())
+        self.last = nn.Sequential(nn.Dropout(0.2), nn.Linear(12, 3))
+        self.model = nn.ModuleDict({"first": self.first, "last": self.last, "unused": nn.Linear(2, 2)}).to(dtype)
+        self.inputs = torch.randn(24, 6, dtype=dtype)
+        self.labels = torch.randint(3, (24,))
+        self.fault: tuple[int, str] | None = None
+        self.action: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.passes = 0
+
+    def closure(self) -> Tensor:
+        self.passes += 1
+        at = self.passes
+        hidden = Tap.apply(self.first(self.inputs), lambda stage, tensor: self._meet((at, stage), tensor))
+        return self._meet((at, "loss"), F.cross_entropy(self.last(hidden), self.labels))
+
+    def _meet(self, where: tuple[int, str], tensor: Tensor) -> Tensor:
+        return self.action(tensor) if where == self.fault else tensor
+
+    def step(self, optimizer: GAM, fault: tuple[int, str] | None = None, action: Any = None) -> Tensor:
+        self.passes, self.fault = 0, fault
+        if action is not None:
+            self.action = action
+        return optimizer.step(self.closure)
+
+
+class Tap(torch.autograd.Function):
+    """The identity, with a visitor to its forward, backward and double backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, visit: Callable[[str, Tensor], Tensor]) -> Tensor:
+        ctx.visit = visit
+        return visit("forward", tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _TapBackward.apply(grad, ctx.visit), None
+
+
+class _TapBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, visit: Callable[[str, Tensor], Tensor]) -> Tensor:
+        ctx.visit = visit
+        return visit("backward", grad.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.visit("double backward", grad.clone()), None
+
+
+class Planted(Exception):
+    """A fault that a test has planted."""
+
+
+def raise_planted(tensor: Tensor) -> Tensor:
+    raise Planted
+
+
+def raise_interrupt(tensor: Tensor) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def raise_exit(tensor: Tensor) -> Tensor:
+    raise SystemExit(3)
+
+
+def build(task: Task, backend: str, base: str = "sgd", **kwargs: Any) -> GAM:
+    base_class, base_kwargs = BASES[base]
+    return GAM(
+        task.model.parameters(),
+        base_class,
+        **{"rho": 0.05, "alpha": 0.3, "model": task.model, "backend": backend, **base_kwargs, **kwargs},
+    )
+
+
+STAGES = [(at, stage) for at in (1, 2) for stage in ("forward", "loss", "backward", "double backward")]
+over_stages = pytest.mark.parametrize("fault", STAGES, ids=lambda fault: f"{fault[1]} {fault[0]}".replace(" ", "_"))
+
+
+@over_backends
+@over_dtypes
+@over_bases
+def test_lr_zero_leaves_parameters_bitwise_unchanged(base: str, dtype: torch.dtype, backend: str) -> None:
+    task = Task(dtype)
+    optimizer = build(task, backend, base, lr=0.0, weight_decay=0.0)
+    before = snapshot(task.model, optimizer)["params"]
+    for _ in range(3):
+        task.step(optimizer)
+    assert float(optimizer.metrics["skipped_steps"]) == 0
+    assert float(optimizer.metrics["ascent_norm"]) > 0
+    assert_same(before, snapshot(task.model, optimizer)["params"])
+
+
+@over_backends
+@over_stages
+@pytest.mark.parametrize(
+    ("action", "error"),
+    [(raise_planted, Planted), (raise_interrupt, KeyboardInterrupt), (raise_exit, SystemExit)],
+    ids=["exception", "keyboard_interrupt", "system_exit"],
+)
+def test_an_exception_in_any_pass_leaves_everything_bitwise_as_before(
+    fault: tuple[int, str], action: Callable[[Tensor], Tensor], error: type[BaseException], backend: str
+) -> None:
+    task, twin = Task(), Task()
+    optimizer, twin_optimizer = build(task, backend), build(twin, backend)
+    torch.manual_seed(1)
+    task.step(optimizer)
+    before = snapshot(task.model, optimizer)
+    with pytest.raises(error):
+        task.step(optimizer, fault, action)
+    assert_same(before, snapshot(task.model, optimizer))
+    assert optimizer.steps == 1
+
+    task.step(optimizer)
+    after = snapshot(task.model, optimizer)
+    torch.manual_seed(1)
+    twin.step(twin_optimizer)
+    twin.step(twin_optimizer)
+    assert_same(snapshot(twin.model, twin_optimizer), after)
+
+
+@over_dtypes
+@over_backends
+@over_bases
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_exception_leaves_every_dtype_and_base_optimizer_bitwise_as_before(
+    at: int, base: str, backend: str, dtype: torch.dtype
+) -> None:
+    task = Task(dtype)
+    optimizer = build(task, backend, base)
+    task.step(optimizer)
+    before = snapshot(task.model, optimizer)
+    with pytest.raises(Planted):
+        task.step(optimizer, (at, "double backward"), raise_planted)
+    assert_same(before, snapshot(task.model, optimizer))
+
+
+@over_backends
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_an_exception_in_any_pass_of_finite_differences_leaves_everything_bitwise_as_before(
+    at: int, backend: str
+) -> None:
+    task = Task()
+    optimizer = build(task, backend, hvp="finite_difference")
+    task.step(optimizer)
+    assert task.passes == 4
+    before = snapshot(task.model, optimizer)
+    for stage in ("forward", "loss", "backward"):
+        with pytest.raises(Planted):
+            task.step(optimizer, (at, stage), raise_planted)
+        assert_same(before, snapshot(task.model, optimizer))
+
+
+@over_backends
+def test_an_exception_between_flatness_steps_leaves_everything_bitwise_as_before(backend: str) -> None:
+    task = Task()
+    optimizer = build(task, backend, interval=2)
+    task.step(optimizer)
+    before = snapshot(task.model, optimizer)
+    with pytest.raises(Planted):
+        task.step(optimizer, (1, "backward"), raise_planted)
+    assert_same(before, snapshot(task.model, optimizer))
+
+
+@over_backends
+def test_an_exception_before_the_base_step_leaves_everything_bitwise_as_before(backend: str) -> None:
+    task = Task()
+    optimizer = build(task, backend)
+    task.step(optimizer)
+    before = snapshot(task.model, optimizer)
+
+    def refuse(*_: Any) -> None:
+        raise Planted
+
+    hook = optimizer.base_optimizer.register_step_pre_hook(refuse)
+    with pytest.raises(Planted):
+        task.step(optimizer)
+    hook.remove()
+    assert_same(before, snapshot(task.model, optimizer))
+
+
+POISONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan": lambda tensor: tensor * float("nan"),
+    "inf": lambda tensor: tensor + float("inf"),
+    "one_nan": lambda tensor: tensor.reshape(-1).index_fill(0, torch.tensor([0]), float("nan")).view_as(tensor),
+}
+
+
+@over_backends
+@over_stages
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_non_finite_value_in_any_pass_skips_the_step_and_leaves_everything_bitwise_as_before(
+    poison: str, fault: tuple[int, str], backend: str
+) -> None:
+    task, twin = Task(), Task()
+    optimizer, twin_optimizer = build(task, backend), build(twin, backend)
+    torch.manual_seed(1)
+    task.step(optimizer)
+    before = snapshot(task.model, optimizer)
+    task.step(optimizer, fault, POISONS[poison])
+    assert_same(before, snapshot(task.model, optimizer))
+    assert float(optimizer.metrics["skipped_steps"]) == 1
+
+    task.step(optimizer)
+    assert float(optimizer.metrics["skipped_steps"]) == 1
+    after = snapshot(task.model, optimizer)
+    torch.manual_seed(1)
+    twin.step(twin_optimizer)
+    twin.step(twin_optimizer)
+    assert_same(snapshot(twin.model, twin_optimizer), after)
+
+
+@over_dtypes
+@over_backends
+@over_bases
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_non_finite_hvp_skips_the_step_in_every_dtype_and_base_optimizer(
+    at: int, base: str, backend: str, dtype: torch.dtype
+) -> None:
+    task = Task(dtype)
+    optimizer = build(task, backend, base)
+    task.step(optimizer)
+    before = snapshot(task.model, optimizer)
+    task.step(optimizer, (at, "double backward"), POISONS["one_nan"])
+    assert_same(before, snapshot(task.model, optimizer))
+    assert float(optimizer.metrics["skipped_steps"]) == 1
+
+
+@over_backends
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+def test_an_infinite_batch_is_skipped_by_every_mode_and_between_flatness_steps(hvp: str, backend: str) -> None:
+    task = Task()
+    optimizer = build(task, backend, hvp=hvp, interval=2)
+    clean = task.inputs
+    for expected in (1, 2):
+        task.inputs = torch.full_like(clean, float("inf"))
+        before = snapshot(task.model, optimizer)
+        task.step(optimizer)
+        assert_same(before, snapshot(task.model, optimizer))
+        assert float(optimizer.metrics["skipped_steps"]) == expected
+    task.inputs = clean
+    task.step(optimizer)
+    assert float(optimizer.metrics["skipped_steps"]) == 2
+
+
+@over_backends
+@over_bases
+def test_a_parameter_without_a_gradient_is_left_alone(base: str, backend: str) -> None:
+    task = Task()
+    optimizer = build(task, backend, base, weight_decay=0.1)
+    unused = task.model["unused"]
+    for param in unused.parameters():
+        param.grad = torch.ones_like(param)  # left over from elsewhere: not a gradient of this step
+    before = copy.deepcopy(unused.state_dict())
+    for _ in range(3):
+        task.step(optimizer)
+    assert_same(before, unused.state_dict())
+    assert not any(param in optimizer.state for param in unused.parameters())
+
+
+@over_dtypes
+@over_backends
+@over_bases
+def test_the_same_seed_gives_the_same_bits(base: str, backend: str, dtype: torch.dtype) -> None:
+    runs = []
+    for _ in range(2):
+        task = Task(dtype)
+        optimizer = build(task, backend, base)
+        for _ in range(3):
+            task.step(optimizer)
+        runs.append(snapshot(task.model, optimizer))
+    assert_same(*runs)
+
+
+@over_backends
+def test_the_number_of_threads_leaves_no_trace(backend: str) -> None:
+    """The arithmetic around the derivatives; the loss is made of operators that are elementwise, so exact too."""
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            torch.manual_seed(0)
+            params = [nn.Parameter(torch.randn(size)) for size in (1, 300_001, 70_000)]
+            optimizer = GAM(params, rho=0.05, alpha=0.3, backend=backend, lr=0.1, momentum=0.9)
+            for _ in range(3):
+                optimizer.step(lambda params=params: Fixed.apply(*params))  # type: ignore[misc]
+            runs.append([param.detach().clone() for param in params])
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+
+
+class Fixed(torch.autograd.Function):
+    """Σ sin θ without the sum, whose rounding would depend on the threads: value 1, gradient cos θ."""
+
+    @staticmethod
+    def forward(ctx: Any, *params: Tensor) -> Tensor:
+        ctx.save_for_backward(*params)
+        return torch.ones(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(grad * param.cos() for param in ctx.saved_tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(hvp: str) -> None:
+    """A real SIGINT at every line of the package that a step runs, at its first and its last turn."""
+    task = Task()
+    optimizer = build(task, "foreach", hvp=hvp)
+    task.step(optimizer)
+    start = copy.deepcopy((task, optimizer))
+    random_state = torch.get_rng_state()
+    before = snapshot(task.model, optimizer)
+    lines = interrupted_at(None, lambda: task.step(optimizer))
+    after = snapshot(task.model, optimizer)
+
+    turns: dict[tuple[str, int], list[int]] = {}
+    for turn, line in enumerate(lines):
+        turns.setdefault(line, []).append(turn)
+    outcomes = set()
+    for line, at in turns.items():
+        for turn in {at[0], at[-1]}:
+            task, optimizer = copy.deepcopy(start)
+            torch.set_rng_state(random_state)
+            interrupted_at(turn, lambda task=task, optimizer=optimizer: task.step(optimizer))  # type: ignore[misc]
+            done = optimizer.steps == 2
+            outcomes.add(done)
+            now, expected = snapshot(task.model, optimizer), after if done else before
+            for part in ("params", "buffers", "state", "random"):
+                assert_same(expected[part], now[part], f"{line}, turn {turn}, done {done}: {part}")
+    assert outcomes == {False, True}
+
+
+def interrupted_at(turn: int | None, run: Callable[[], Any]) -> list[tuple[str, int]]:
+    """The lines of the package that ``run`` executes; SIGINT comes as it reaches the one numbered ``turn``."""
+    package = str(gam_fused.__path__[0])
+    lines: list[tuple[str, int]] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            lines.append((frame.f_code.co_filename.removeprefix(package), frame.f_lineno))
+            if len(lines) - 1 == turn:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        assert turn is not None
+    finally:
+        sys.settrace(None)
+    return lines
