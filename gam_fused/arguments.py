@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,14 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be > 0, got {value!r}.")
 
 
-def check_closure(closure: Any) -> None:
-    """Raise unless ``closure`` can be called."""
+def checked_closure(closure: Any) -> Callable[[], Any]:
+    """``closure``, or an error if it cannot be called."""
     if not callable(closure):
         raise TypeError(
             f"closure must be a function that runs the forward pass and returns the loss, got {closure!r}; "
             "call step(lambda: criterion(model(x), y)), or use first_step(loss) and second_step(loss_adv)."
         )
+    return closure
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -128,7 +129,8 @@ def check_base_optimizer_class(base_optimizer: Any) -> None:
             f"base_optimizer must be a torch.optim.Optimizer class, got {base_optimizer!r}; pass torch.optim.SGD."
         )
     closure = inspect.signature(base_optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if needs_closure or getattr(base_optimizer, "evaluates_closure", False):
         raise ValueError(
             f"base_optimizer {base_optimizer.__name__} evaluates a closure itself, which GAM cannot give it; use one "
             "that steps from gradients, such as torch.optim.SGD or torch.optim.AdamW."

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -52,26 +52,37 @@ def evaluate(closure: Closure, params: Sequence[Tensor], replay: Replay, *, crea
     replay.begin_pass()
     for param in params:
         param.grad = None
-    gradients = Gradients(params, create_graph=create_graph)
+    forward_context = attention_by_matrix_products if create_graph else nullcontext
+    gradients = Gradients(params, create_graph=create_graph, forward_context=forward_context)
     interception = _Interception(params, gradients, replay)
-    # The fused attention kernels have no second derivative; the one made of matrix products has.
-    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-    with torch.enable_grad(), attention, interception:
+    with torch.enable_grad(), forward_context(), interception:
         loss = closure()
     replay.end_pass()
     check_loss(loss, needs_graph=not interception.backward_called)
     if interception.backward_called:
-        interception.warn_of_changed_gradients()
+        interception.warn()
+        for param in params:
+            param.grad = None  # was for the closure to see; the double backward can use the memory
     else:
         gradients.add([loss], [None])
-    return Evaluation(loss.detach(), gradients)
+    return Evaluation(_scalar(loss), gradients)
+
+
+def attention_by_matrix_products() -> AbstractContextManager[None]:
+    """Where the fused attention kernels are off: they have no second derivative, the plain form has one."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    # A copy: a closure that adds up its loss in one tensor writes into it again in the next pass.
+    return loss.detach().clone().reshape(())
 
 
 def differentiated(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> Evaluation:
     """As :func:`evaluate`, of a loss that the user's own forward pass has given."""
     gradients = Gradients(params, create_graph=create_graph)
     gradients.add([loss], [None])
-    return Evaluation(loss.detach(), gradients)
+    return Evaluation(_scalar(loss), gradients)
 
 
 def check_loss(loss: Any, *, needs_graph: bool, name: str = "the closure's return value") -> None:
@@ -101,6 +112,7 @@ class _Interception(TorchFunctionMode):
         self._replay = replay
         self._counter: tuple[Tensor, Tensor] | None = None
         self._handed_out: dict[int, tuple[Tensor, int]] = {}
+        self._changed = False
 
     def __torch_function__(
         self,
@@ -178,21 +190,35 @@ class _Interception(TorchFunctionMode):
 
     def _hand_out(self, param: Tensor, gradient: Tensor) -> None:
         # The closure may read .grad after backward(), and zero it; the step's own gradient must not change with it.
+        self._changed |= self._is_changed(param)
         if param.grad is None:
             param.grad = gradient.clone()
         else:
             param.grad.add_(gradient)
         self._handed_out[id(param)] = (param.grad, param.grad._version)
 
-    def warn_of_changed_gradients(self) -> None:
-        """A closure that clips or scales ``.grad`` expects that to count; GAM differentiates the loss itself."""
-        for param in self._params:
-            handed_out, version = self._handed_out.get(id(param), (None, 0))
-            if param.grad is not None and (param.grad is not handed_out or param.grad._version != version):
-                warnings.warn(
-                    "the closure changed .grad after backward() (gradient clipping?). GAM differentiates the loss "
-                    "itself and does not see that change. Clip the combined gradient instead, in "
-                    "optimizer.base_optimizer.register_step_pre_hook(...).",
-                    stacklevel=2,
-                )
-                return
+    def _is_changed(self, param: Tensor) -> bool:
+        if id(param) not in self._handed_out:
+            return False
+        handed_out, version = self._handed_out[id(param)]
+        return param.grad is not handed_out or handed_out._version != version
+
+    def warn(self) -> None:
+        """Of what an ordinary closure expects of ``backward()`` and does not get."""
+        # Zeroing .grad when all is done is harmless.
+        if self._changed or any(param.grad is not None and self._is_changed(param) for param in self._params):
+            warnings.warn(
+                "the closure changed .grad after backward() (gradient clipping? zero_grad() between two backward() "
+                "calls?). GAM differentiates the losses themselves and does not see that change. Clip the combined "
+                "gradient instead, in optimizer.base_optimizer.register_step_pre_hook(...).",
+                stacklevel=2,
+            )
+        # Not of inputs that require gradients: those come with gradient penalties, which differentiate by themselves.
+        if others := [leaf for leaf in self._gradients.other_leaves if isinstance(leaf, nn.Parameter)]:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in others[:3])
+            warnings.warn(
+                f"the closure's backward() reached {len(others)} parameters that GAM was not built with (shapes "
+                f"{shapes}, …) and did not fill their .grad. Give them to GAM, freeze them with requires_grad_(False), "
+                "or compute their gradients outside of the closure.",
+                stacklevel=2,
+            )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
-from torch.autograd import grad as differentiate
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 _NO_SECOND_DERIVATIVE = ("is not implemented", "double backward", "once_differentiable", "differentiate twice")
@@ -21,14 +20,24 @@ class Gradients:
         create_graph: keep the graph of the gradient, so that :meth:`hvp` can differentiate it once more. With several
             losses (micro-batches) the graphs of all of them stay alive until then: the Hessian of a sum times the
             gradient of the sum needs the whole gradient first.
+        forward_context: makes the context in which the losses were computed, for checkpoints that compute them again.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, create_graph: bool) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        *,
+        create_graph: bool,
+        forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._params = params
         self._create_graph = create_graph
+        self._forward_context = forward_context
         self._terms: list[list[Tensor | None]] = []
         self.total: list[Tensor | None] = [None] * len(params)
         """∇L by parameter, detached; ``None`` where no loss depends on the parameter."""
+        self.other_leaves: list[Tensor] = []
+        """Other parameters in the losses' graphs."""
 
     def add(
         self, losses: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], *, retain_graph: bool = False
@@ -37,18 +46,20 @@ class Gradients:
 
         ``retain_graph``: losses that are added later share some of this graph. Implied by ``create_graph``.
         """
-        _check_custom_functions(losses, twice=self._create_graph)
-        with outside_autocast(self._params):
-            terms = differentiate(
-                list(losses),
+        leaves = _checked_leaves(losses, twice=self._create_graph)
+        own = {id(param) for param in self._params}
+        # Inputs that require gradients, for a gradient penalty say, are the closure's own affair.
+        self.other_leaves += [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+        with self._forward_context():
+            terms = _derivatives(
+                losses,
                 self._params,
-                list(grad_outputs),
+                grad_outputs,
                 retain_graph=retain_graph or self._create_graph,
                 create_graph=self._create_graph,
-                allow_unused=True,
             )
         if self._create_graph:
-            self._terms.append(list(terms))
+            self._terms.append(terms)
         detached: list[Tensor | None] = [
             None if term is None else _dense(term.detach(), i) for i, term in enumerate(terms)
         ]
@@ -84,8 +95,8 @@ class Gradients:
         if not outputs:
             return [torch.zeros_like(param) for param in params]
         try:
-            with outside_autocast(params):
-                products = differentiate(outputs, params, grad_outputs, allow_unused=True)
+            with self._forward_context():
+                products = _derivatives(outputs, params, grad_outputs)
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _NO_SECOND_DERIVATIVE):
                 raise
@@ -94,6 +105,22 @@ class Gradients:
             torch.zeros_like(param) if product is None else product.detach()
             for param, product in zip(params, products, strict=True)
         ]
+
+
+def _derivatives(
+    outputs: Sequence[Tensor], params: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], **options: bool
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` by parameters of which a closure may have frozen some, or all: ``None`` for those."""
+    trained = [i for i, param in enumerate(params) if param.requires_grad]
+    derivatives: list[Tensor | None] = [None] * len(params)
+    if trained:
+        with outside_autocast(params):
+            found = torch.autograd.grad(
+                list(outputs), [params[i] for i in trained], list(grad_outputs), allow_unused=True, **options
+            )
+        for i, derivative in zip(trained, found, strict=True):
+            derivatives[i] = derivative
+    return derivatives
 
 
 def owned(tensors: Iterable[Tensor], params: Iterable[Tensor]) -> list[Tensor]:
@@ -125,13 +152,14 @@ def _no_second_derivative(reason: str) -> str:
     )
 
 
-def _check_custom_functions(losses: Sequence[Tensor], *, twice: bool) -> None:
-    """Raise where ``torch.autograd.grad`` would say nothing and return derivatives with terms missing.
+def _checked_leaves(losses: Sequence[Tensor], *, twice: bool) -> list[Tensor]:
+    """The leaves of the losses' graphs. Raises where ``torch.autograd.grad`` would silently leave terms out.
 
     A reentrant checkpoint hides the parameters of its block from everything but ``backward()``: they look unused. What
     a once-differentiable function returns looks constant to a second derivative. A walk over the graph takes about a
     microsecond per node.
     """
+    leaves = []
     nodes = [loss.grad_fn for loss in losses]
     seen = set(nodes)
     while nodes:
@@ -146,9 +174,12 @@ def _check_custom_functions(losses: Sequence[Tensor], *, twice: bool) -> None:
             )
         if twice and function is not None and _is_once_differentiable(function):
             raise RuntimeError(_no_second_derivative(f"{function.__name__} is marked as once_differentiable"))
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
         found = {following for following, _ in node.next_functions} - seen
         seen |= found
         nodes += found
+    return leaves
 
 
 def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:

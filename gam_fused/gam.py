@@ -57,6 +57,8 @@ class GAM(OptimizerWrapper):
     A step that raises, or that meets a non-finite loss, gradient or Hessian-vector product, leaves parameters,
     optimizer state, buffers and random states bitwise as they were. In the second case it returns normally and
     is counted in ``metrics["skipped_steps"]``; the guard is read once per step on the host, the only synchronisation.
+    (A step skipped right after a skipped one lets the random states advance, so that a closure that draws its own data
+    is not given the same draw for ever.)
 
     Args:
         params: tensors, (name, tensor) pairs, or param groups. Groups may set ``rho``, ``alpha`` and ``xi`` as they may
@@ -120,7 +122,10 @@ class GAM(OptimizerWrapper):
         backend: str = "auto",
         interval: int = 1,
     ) -> GAM:
-        """GAM around an optimizer already built, whose groups and state it keeps. Arguments as for :class:`GAM`."""
+        """GAM around an optimizer already built, whose groups and state it keeps.
+
+        Arguments as for :class:`GAM`. Groups that hold a ``rho``, ``alpha`` or ``xi`` already keep it.
+        """
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
             raise TypeError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer)}.")
         arguments.check_base_optimizer_class(type(optimizer))
@@ -150,22 +155,22 @@ class GAM(OptimizerWrapper):
         self.interval = interval
 
     @torch.no_grad()
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step and return the loss at θ, detached.
 
         Args:
             closure: runs the forward pass and returns the scalar loss; may call ``backward()`` itself. With several
                 ``backward()`` calls (micro-batches) the step is that of the summed loss.
         """
-        self._refuse_while_pending("step()")
-        arguments.check_closure(closure)
+        self._refuse_within_step("step()")
+        closure = arguments.checked_closure(closure)
         self._check_ready()
         with_flatness = self.steps % self.interval == 0
-        params, _ = self._trainable()
-        transaction = Transaction(self._kernels, params, self.model)
+        transaction = Transaction(self._kernels, *self._trainable(), self.model)
         with self._all_or_nothing(transaction):
+            self._running = True
             create_graph = with_flatness and self.hvp == "exact"
-            run = partial(evaluate, closure, params, transaction.replay, create_graph=create_graph)
+            run = partial(evaluate, closure, transaction.params, transaction.replay, create_graph=create_graph)
             at_theta = run()  # g = ∇L(θ)
             if with_flatness:
                 ascent = self._ascend(transaction, at_theta, run)  # θ_adv = θ + ρ f / (‖f‖ + ξ)
@@ -176,7 +181,7 @@ class GAM(OptimizerWrapper):
 
     def _ascend(self, transaction: Transaction, at_theta: Evaluation, run: _Run | None) -> _Ascent:
         """θ_adv = θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)) with u = H(θ) g."""
-        active = self._active(at_theta)
+        active = self._active(transaction, at_theta)
         grads = active.of(at_theta)
         grad_norm = global_norm(self._kernels, grads)
         directions = owned(self._hvp(transaction, at_theta, run, active, grads, grad_norm), active.params)
@@ -199,25 +204,26 @@ class GAM(OptimizerWrapper):
             adversarial_grad_norm=adversarial_norm,
             first_order_flatness=adversarial_norm * max(active.rhos, default=0.0),
         )
-        norms = [ascent.grad_norm, ascent.norm, adversarial_norm, global_norm(self._kernels, hvps)]
-        if not _all_finite([ascent.loss, at_adversarial.loss, *norms]):
-            self._skip(transaction)
-            return
         with uninterrupted():
             self._restore_and_combine(transaction, ascent, hvps, adversarial_norm)
-            self._step_base(transaction, active.params, ascent.grads)
+            # Whatever is not finite in a Hessian-vector product is not finite in the combined gradient either.
+            norms = [ascent.grad_norm, ascent.norm, adversarial_norm, global_norm(self._kernels, ascent.grads)]
+            if _all_finite([ascent.loss, at_adversarial.loss, *norms]):
+                self._step_base(transaction, active.params, ascent.grads)
+            else:
+                self._skip(transaction)
 
     def _descend_by_gradient(self, transaction: Transaction, at_theta: Evaluation) -> None:
         """Let the base optimizer step along g."""
-        active = self._active(at_theta)
+        active = self._active(transaction, at_theta)
         grads = owned(active.of(at_theta), active.params)
         grad_norm = global_norm(self._kernels, grads)
         self.metrics.update(loss=at_theta.loss, grad_norm=grad_norm)
-        if not _all_finite([at_theta.loss, grad_norm]):
-            self._skip(transaction)
-            return
         with uninterrupted():
-            self._step_base(transaction, active.params, grads)
+            if _all_finite([at_theta.loss, grad_norm]):
+                self._step_base(transaction, active.params, grads)
+            else:
+                self._skip(transaction)
 
     def _hvp(
         self,
@@ -256,9 +262,10 @@ class GAM(OptimizerWrapper):
 
         Run the forward pass again and call :meth:`second_step` with its loss, or :meth:`cancel_step`. Both forward
         passes are yours: dropout masks differ between them unless you replay the random state yourself. The buffers of
-        ``model``, if it was given, advance once per step all the same.
+        ``model``, if it was given, advance once per step all the same. Step hooks of the base optimizer run; those of
+        GAM itself belong to :meth:`step`.
         """
-        self._refuse_while_pending("first_step()")
+        self._refuse_within_step("first_step()")
         if self.hvp != "exact" or self.interval != 1:
             raise RuntimeError(
                 f"first_step() needs hvp='exact' and interval=1, got hvp={self.hvp!r} and interval={self.interval!r}; "
@@ -266,10 +273,9 @@ class GAM(OptimizerWrapper):
             )
         self._check_ready()
         check_loss(loss, needs_graph=True, name="the loss given to first_step")
-        params, _ = self._trainable()
-        transaction = Transaction(self._kernels, params, self.model, keep_random_states=False)
+        transaction = Transaction(self._kernels, *self._trainable(), self.model, keep_random_states=False)
         with self._all_or_nothing(transaction):
-            at_theta = differentiated(loss, params, create_graph=True)
+            at_theta = differentiated(loss, transaction.params, create_graph=True)
             self._pending = transaction, self._ascend(transaction, at_theta, None)
 
     @torch.no_grad()
@@ -278,6 +284,7 @@ class GAM(OptimizerWrapper):
 
         Returns the loss at θ, detached. If it raises, the parameters are back at θ and the step is cancelled.
         """
+        self._refuse_while_running("second_step()")
         if self._pending is None:
             raise RuntimeError("second_step() came before first_step(); call first_step(loss) at θ first.")
         transaction, ascent = self._pending
@@ -296,10 +303,9 @@ class GAM(OptimizerWrapper):
             transaction.roll_back()
             self._pending = None
 
-    def _active(self, evaluation: Evaluation) -> _Active:
-        params, groups = self._trainable()
+    def _active(self, transaction: Transaction, evaluation: Evaluation) -> _Active:
         indices = [i for i, grad in enumerate(evaluation.gradients.total) if grad is not None]
-        return _Active(indices, take(params, indices), take(groups, indices), self.keys)
+        return _Active(indices, take(transaction.params, indices), take(transaction.groups, indices), self.keys)
 
 
 _Run = Callable[[], Evaluation]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,12 +42,15 @@ class Replay:
     Args:
         model: every buffer of this module (and of its submodules) is kept, whatever the class of the module that owns
             it. ``None``: only what :meth:`watch_buffer` is told of.
-        devices: devices whose global random number generators a pass may use. The CPU's, Python's ``random`` and, when
-            it has been imported, NumPy's are always kept. ``None``: no random state is kept.
+        params: the parameters. Their devices' global random number generators are kept, beside the CPU's, Python's
+            ``random`` and, when it has been imported, NumPy's. A buffer that shares memory with one of them goes where
+            it goes, and is not kept.
+        keep_random_states: off for passes that the user runs, whose draws are the user's.
     """
 
-    def __init__(self, model: nn.Module | None, devices: Iterable[torch.device] | None) -> None:
-        self._sources = [] if devices is None else _global_sources(devices)
+    def __init__(self, model: nn.Module | None, params: Sequence[Tensor], *, keep_random_states: bool = True) -> None:
+        self._sources = _global_sources(param.device for param in params) if keep_random_states else []
+        self._parameter_memory = {param.untyped_storage().data_ptr() for param in params if param.numel() > 0}
         self._generators: set[torch.Generator] = set()
         self._passes = 0
 
@@ -61,7 +64,7 @@ class Replay:
 
     def watch_buffer(self, buffer: Tensor, before: Tensor | None = None) -> None:
         """Keep ``buffer``, which was ``before`` (or is now) what it was before the step. Telling twice is harmless."""
-        if id(buffer) not in self._buffers and _is_writable(buffer):
+        if id(buffer) not in self._buffers and _is_writable(buffer) and not self._is_parameter(buffer):
             self._buffers[id(buffer)] = buffer
             self._before.append(buffer.detach().clone() if before is None else before)
             self._after.append(self._before[-1])
@@ -96,9 +99,16 @@ class Replay:
 
     def finish(self) -> None:
         """On to the state after the first pass."""
+        self.finish_random_states()
+        self._write_buffers(self._bindings_after, self._after)
+
+    def finish_random_states(self) -> None:
+        """As :meth:`finish`, for the random states alone."""
         for source in self._sources:
             source.to_after()
-        self._write_buffers(self._bindings_after, self._after)
+
+    def _is_parameter(self, buffer: Tensor) -> bool:
+        return buffer.untyped_storage().data_ptr() in self._parameter_memory
 
     def _watch_all(self, bindings: _Bindings) -> None:
         for _, buffers in bindings:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from gam_fused.ambient import Ambient
 from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.grouping import buckets, take
 from gam_fused.kernels.interface import Backend
@@ -30,6 +32,7 @@ class Transaction:
     Args:
         backend: moves and restores.
         params: all trainable parameters of the optimizer.
+        groups: the param group of each.
         model: see :class:`Replay`.
         keep_random_states: off for passes that the user runs (:meth:`GAM.first_step`), whose draws are the user's.
     """
@@ -38,16 +41,19 @@ class Transaction:
         self,
         backend: Backend,
         params: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]],
         model: nn.Module | None,
         *,
         keep_random_states: bool = True,
     ) -> None:
         self._backend = backend
         self.params = params
+        self.groups = groups
+        self._ambient = Ambient()
         self._grads = [param.grad for param in params]
         self._moves: list[_Move] = []
         self._committed = False
-        self.replay = Replay(model, [param.device for param in params] if keep_random_states else None)
+        self.replay = Replay(model, params, keep_random_states=keep_random_states)
 
     def move(
         self,
@@ -65,7 +71,7 @@ class Transaction:
                 # Noted before the launch: if it fails half-way, the versions tell whether parameters were written.
                 self._moves.append(_Move(moved, backups, [param._version for param in moved]))
                 self._backend.perturb_(moved, backups, direction_norm, grad_norm, rho, xi)
-        _forget_cast_weights()
+        _forget_derived_weights()
 
     def move_back(self, count: int = 0) -> None:
         """Undo the moves after the first ``count``, the last one first. Bitwise, since backups are copies."""
@@ -75,7 +81,7 @@ class Transaction:
             if any(param._version != version for param, version in zip(params, versions, strict=True)):
                 self._backend.restore_(params, backups)
             self._moves.pop()
-        _forget_cast_weights()
+        _forget_derived_weights()
 
     @property
     def moves(self) -> int:
@@ -87,9 +93,8 @@ class Transaction:
         self._moves.clear()
 
     def commit(self) -> None:
-        """The step succeeded: random states and buffers are those that the first pass left; nothing rolls back now."""
-        self.replay.finish()
-        _forget_cast_weights()
+        """The base optimizer has stepped: nothing rolls back now."""
+        _forget_derived_weights()
         self._committed = True
 
     def roll_back(self) -> None:
@@ -97,13 +102,15 @@ class Transaction:
         if self._committed:
             return
         with uninterrupted():
+            self._ambient.restore()
             self.move_back()
             self.replay.rewind()
             for param, grad in zip(self.params, self._grads, strict=True):
                 param.grad = grad
 
 
-def _forget_cast_weights() -> None:
-    # Autocast keeps the cast copies of the weights until its outermost context ends. Where that context is outside of
-    # the step, the copies are of the weights before they were written.
+def _forget_derived_weights() -> None:
+    # Autocast keeps cast copies of the weights until its outermost context ends, and parametrize.cached() what it has
+    # computed from them. Where that context is outside of the step, they are of the weights before they were written.
     torch.clear_autocast_cache()
+    parametrize._cache.clear()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import arguments, kernels
-from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.interface import Backend
 from gam_fused.transaction import Transaction
 
@@ -36,12 +35,21 @@ class OptimizerWrapper(Optimizer):
         model: see :class:`gam_fused.GAM`.
     """
 
+    evaluates_closure = True
+    """Cannot be a base optimizer itself: those step from gradients."""
+
     keys: dict[str, str]
     """Where each of the wrapper's hyper-parameters stands in a param group: under its own name, unless the base
     optimizer has one of that name (RMSprop's ``alpha``, Adadelta's ``rho``); then under ``gam_alpha``, ``gam_rho``."""
 
     _pending: Any = None
     """A step whose first half is done, while the parameters stand at a moved point."""
+
+    _running = False
+    """A step is running closures, with the parameters at θ or at a moved point."""
+
+    _skipped_last = False
+    """The last step met something non-finite."""
 
     def __init__(
         self, base_optimizer: Optimizer, hyperparameters: dict[str, float], backend: str, model: nn.Module | None
@@ -102,7 +110,7 @@ class OptimizerWrapper(Optimizer):
         """Add a group to the base optimizer, with the wrapper's hyper-parameters for it. All or nothing."""
         if not self._has_base:
             return
-        self._refuse_while_pending("add_param_group()")
+        self._refuse_within_step("add_param_group()")
         group = arguments.listed_group(param_group)
         arguments.check_no_repeats([*self.param_groups, group])
         self._check_hyperparameters({**self.defaults, **group}, "the new param group")
@@ -131,6 +139,13 @@ class OptimizerWrapper(Optimizer):
         self._complete_groups()
         for number, group in enumerate(self.param_groups):
             self._check_hyperparameters(group, f"param group {number}")
+            for index, param in enumerate(group["params"]):
+                if getattr(param, "_post_accumulate_grad_hooks", None):
+                    raise RuntimeError(
+                        f"param group {number}, params[{index}] has a post-accumulate-grad hook, which never runs: "
+                        f"{type(self).__name__} does not accumulate into .grad. Remove it; to change the combined "
+                        "gradient, use optimizer.base_optimizer.register_step_pre_hook(...)."
+                    )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
             if world > 1:
@@ -139,7 +154,12 @@ class OptimizerWrapper(Optimizer):
                     f"{world} of them: replicas would drift apart. Train in one process."
                 )
 
-    def _refuse_while_pending(self, what: str) -> None:
+    def _refuse_while_running(self, what: str) -> None:
+        if self._running:
+            raise RuntimeError(f"{what} within a closure of the same optimizer; call it after step() has returned.")
+
+    def _refuse_within_step(self, what: str) -> None:
+        self._refuse_while_running(what)
         if self._pending is not None:
             raise RuntimeError(
                 f"{what} between first_step() and second_step(), while the parameters stand at the adversarial point; "
@@ -151,7 +171,7 @@ class OptimizerWrapper(Optimizer):
         try:
             yield
         except BaseException:  # KeyboardInterrupt and SystemExit included
-            self._pending = None
+            self._pending, self._running = None, False
             transaction.roll_back()
             raise
 
@@ -160,26 +180,50 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.zero_grad(set_to_none=True)
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
-        self.base_optimizer.step()
+        # Before the base optimizer steps: what its hooks draw, or write into buffers, stays.
+        transaction.replay.finish()
+        self._running = False
+        versions = [param._version for param in params]
+        try:
+            self.base_optimizer.step()
+        except BaseException:
+            # Raised by a hook after the update: there is no way back, so the step counts as made.
+            if any(param._version != version for param, version in zip(params, versions, strict=True)):
+                self._commit(transaction)
+            raise
+        self._commit(transaction)
+
+    def _commit(self, transaction: Transaction) -> None:
         transaction.commit()
         self.steps += 1
+        self._skipped_last = False
 
     def _skip(self, transaction: Transaction) -> None:
-        """Leave everything as it was, and count."""
-        with uninterrupted():
-            transaction.roll_back()
-            self.metrics["skipped_steps"] += 1
-            self.steps += 1
+        """Leave everything as it was, and count.
+
+        Where the step before was skipped too, the random states advance: a closure that draws its own data must not be
+        given the same draw for ever.
+        """
+        transaction.roll_back()
+        if self._skipped_last:
+            transaction.replay.finish_random_states()
+        self.metrics["skipped_steps"] += 1
+        self.steps += 1
+        self._skipped_last, self._running = True, False
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> StateDict:
         """The base optimizer's state dict, and the wrapper's own numbers under one extra key."""
-        self._refuse_while_pending("state_dict()")
+        self._refuse_within_step("state_dict()")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.base_optimizer.state_dict()
-        state_dict[_KEY] = {"steps": self.steps, "skipped_steps": self.metrics["skipped_steps"].clone()}
+        state_dict[_KEY] = {
+            "steps": self.steps,
+            "skipped_steps": self.metrics["skipped_steps"].clone(),
+            "skipped_last": self._skipped_last,
+        }
         for after in self._optimizer_state_dict_post_hooks.values():
             if (changed := after(self, state_dict)) is not None:
                 state_dict = changed
@@ -187,17 +231,18 @@ class OptimizerWrapper(Optimizer):
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this optimizer or of the plain base optimizer. Raises before anything has changed."""
-        self._refuse_while_pending("load_state_dict()")
+        self._refuse_within_step("load_state_dict()")
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             if (changed := before(self, state_dict)) is not None:
                 state_dict = changed
-        own = state_dict.pop(_KEY, {"steps": 0, "skipped_steps": 0})
-        steps, skipped = int(own["steps"]), int(own["skipped_steps"])
+        own = state_dict.pop(_KEY, {"steps": 0, "skipped_steps": 0, "skipped_last": False})
+        steps, skipped, skipped_last = int(own["steps"]), int(own["skipped_steps"]), bool(own["skipped_last"])
 
         self.base_optimizer.load_state_dict(state_dict)
         self.steps = steps
         self.metrics["skipped_steps"].fill_(skipped)
+        self._skipped_last = skipped_last
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -206,7 +251,7 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.register_load_state_dict_pre_hook(partial(_keep_hyperparameters, self.keys.values()))
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_while_pending("copying or pickling")
+        self._refuse_within_step("copying or pickling")
         # Like torch's own optimizers, without hooks; a back end is found again by name.
         # Nor with `step`, which LR schedulers replace by a function that steps this very object.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "step"}

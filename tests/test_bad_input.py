@@ -469,6 +469,18 @@ def test_what_would_see_the_adversarial_point_is_refused_between_first_and_secon
     assert bits(bench.optimizer.state_dict()) == bits(twin.optimizer.state_dict())
 
 
+def test_cancel_step_is_a_way_out_back_to_where_the_step_began() -> None:
+    bench = Bench()
+    loss = bench.loss()
+    before = bench.snapshot()
+    bench.optimizer.first_step(loss)
+    bench.optimizer.cancel_step()
+    assert bench.snapshot() == before
+    bench.optimizer.state_dict()
+    bench.optimizer.cancel_step()  # harmless when there is nothing to cancel
+    assert bench.snapshot() == before
+
+
 def test_zero_grad_between_first_and_second_step_is_fine() -> None:
     course = []
     for zero in (False, True):

@@ -339,6 +339,25 @@ def test_parameters_that_the_loss_does_not_depend_on_are_bitwise_alone(kind: str
     assert not any(torch.equal(a, b) for a, b in zip(used.parameters(), used_before, strict=True))
 
 
+@over_modes
+@pytest.mark.parametrize("leftover", ["frozen", "set_by_the_closure"])
+def test_a_leftover_grad_of_a_parameter_without_gradient_is_not_stepped_along(leftover: str, mode: str) -> None:
+    task, spare = Task(), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = GAM([spare, *task.params], rho=RHO, alpha=ALPHA, lr=LR, weight_decay=0.1, **MODES[mode])
+    if mode == "between_flatness_steps":
+        optimizer.step(task.loss)
+    spare.grad = torch.ones_like(spare)
+    spare.requires_grad_(leftover != "frozen")
+
+    def closure() -> Tensor:
+        if leftover == "set_by_the_closure":
+            spare.grad = torch.ones_like(spare)
+        return task.loss()
+
+    optimizer.step(closure)
+    assert_equal_bits([spare], [torch.ones(2, dtype=torch.float64)])
+
+
 def test_a_loss_of_some_parameters_takes_the_literal_step_on_them() -> None:
     task = Task()
     expected = literal.step(

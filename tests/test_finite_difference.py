@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gam_fused import GAM, kernels, reference
 from gam_fused.closures import Evaluation, evaluate
 from gam_fused.finite_difference import finite_difference_hvp
+from gam_fused.kernels.grouping import global_norm
 from gam_fused.transaction import Transaction
 from tests import literal, problems
 from tests.literal import assert_equal_bits, assert_equal_to_rounding
@@ -28,14 +29,15 @@ over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 def product(loss: literal.LossFunction, params: list[Tensor], epsilon: float, backend: str = "auto") -> list[Tensor]:
     """H g by the package's finite differences, at ``params``."""
-    transaction = Transaction(kernels.resolve(backend), params, None)
+    operators = kernels.resolve(backend)
+    transaction = Transaction(operators, params, [{}] * len(params), None)
 
     def run() -> Evaluation:
         return evaluate(lambda: loss(params), params, transaction.replay, create_graph=False)
 
     with torch.no_grad():
         vectors = [grad for grad in run().gradients.total if grad is not None]
-        norm = reference.global_norm(vectors)
+        norm = global_norm(operators, vectors)
         return finite_difference_hvp(transaction, run, range(len(params)), params, vectors, norm, epsilon)
 
 
@@ -144,7 +146,7 @@ def test_parameters_are_bitwise_where_they_were(dtype: torch.dtype, backend: str
         points.append(literal.copies(params))
         return F.cross_entropy(model(inputs), labels)
 
-    transaction = Transaction(kernels.resolve(backend), params, None)
+    transaction = Transaction(kernels.resolve(backend), params, [{}] * len(params), None)
 
     def run() -> Evaluation:
         return evaluate(loss, params, transaction.replay, create_graph=False)
@@ -152,8 +154,7 @@ def test_parameters_are_bitwise_where_they_were(dtype: torch.dtype, backend: str
     with torch.no_grad():
         vectors = [grad for grad in run().gradients.total if grad is not None]
         kept = literal.copies(vectors)
-        norm = torch.linalg.vector_norm(torch.stack([vector.float().norm() for vector in vectors]))
-        norm = norm.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        norm = global_norm(kernels.resolve(backend), vectors)
         products = finite_difference_hvp(transaction, run, range(4), params, vectors, norm, 0.5)
     assert_equal_bits(params, before)
     assert not torch.equal(literal.flat(points[1]), literal.flat(before))
@@ -168,12 +169,28 @@ def test_parameters_are_bitwise_where_they_were(dtype: torch.dtype, backend: str
     assert_equal_bits(params, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_difference_is_rounded_once(dtype: torch.dtype) -> None:
+    """Gradients 1 + k ulp and −1 differ by one bit more than their dtype has; the quotient is 1.5 times that."""
+    here = torch.full((8,), -1.0, dtype=dtype)
+    there = 1 + torch.arange(8) * torch.finfo(dtype).eps
+    param, coefficients = torch.zeros(8, dtype=dtype).requires_grad_(), iter([there.to(dtype)])
+    transaction = Transaction(kernels.resolve("auto"), [param], [{}], None)
+
+    def run() -> Evaluation:
+        return evaluate(lambda: (next(coefficients) * param).sum(), [param], transaction.replay, create_graph=False)
+
+    with torch.no_grad():
+        (quotient,) = finite_difference_hvp(transaction, run, [0], [param], [here], torch.tensor(1.5), 1.0)
+    assert_equal_bits([quotient], [((there.double() + 1) * 1.5).to(dtype)])
+
+
 @over_dtypes
-def test_difference_is_taken_in_the_accumulation_dtype(dtype: torch.dtype) -> None:
-    """With θ, ε and the curvature powers of two every product is exact, also where the wide one would not fit."""
-    param = torch.tensor([1.0, 0.0], dtype=dtype).requires_grad_()
-    (products,) = product(lambda p: (8 * p[0] * p[0]).sum(), [param], 0.5)
-    assert_equal_bits([products], [torch.tensor([256.0, 0.0], dtype=dtype)])  # H = 16, g = 16
+def test_a_scale_beyond_the_range_of_the_dtype_is_none_of_its_business(dtype: torch.dtype) -> None:
+    """θ = 2⁻⁶, H = 2¹⁰, ε = 2⁻¹²: every step is exact in every dtype, but ‖v‖/ε = 2¹⁶ is infinite in float16."""
+    param = torch.tensor([2**-6, 0.0], dtype=dtype).requires_grad_()
+    (products,) = product(lambda p: (2**9 * p[0] * p[0]).sum(), [param], 2**-12)
+    assert_equal_bits([products], [torch.tensor([2.0**14, 0.0], dtype=dtype)])
 
 
 def embedding_bag(weight: Tensor) -> Tensor:

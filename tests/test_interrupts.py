@@ -51,6 +51,7 @@ def send(number: int) -> None:
 
 def test_ctrl_c_interrupts_after_the_block_and_not_in_it() -> None:
     steps = []
+    install(signal.default_int_handler)  # a process that was started in the background has none
 
     def work() -> None:
         with uninterrupted():
@@ -150,6 +151,7 @@ def test_a_block_that_raises_still_delivers_what_it_held_back() -> None:
 
 
 def test_ctrl_c_during_a_block_that_raises_keeps_the_first_exception_as_its_context() -> None:
+    install(signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         interrupted_and_broken()
     assert isinstance(interrupt.value.__context__, ZeroDivisionError)
@@ -197,7 +199,7 @@ def test_in_another_thread_a_block_is_transparent() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    inside.wait()
+    assert inside.wait(timeout=60)
     send(signal.SIGINT)
     assert caught == [signal.SIGINT]  # at once, though the other thread is in its block
     leave.set()

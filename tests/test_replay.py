@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer
 
 from gam_fused import GAM
 from tests import literal
@@ -244,6 +246,7 @@ LAYERS: dict[str, Callable[[], Network]] = {
     "functional": lambda: Network(FunctionalBatchNorm(3), 3, 0),
     "functional by keyword": lambda: Network(FunctionalBatchNorm(3, by_keyword=True), 3, 0),
     "torch.batch_norm": lambda: Network(TorchBatchNorm(3), 3, 0),
+    "torch.instance_norm": lambda: Network(TorchInstanceNorm(3), 3, 1),
 }
 
 
@@ -270,6 +273,11 @@ class FunctionalBatchNorm(nn.Module):
 class TorchBatchNorm(FunctionalBatchNorm):
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.batch_norm(inputs, None, None, self.mean, self.variance, True, 0.1, 1e-5, False)
+
+
+class TorchInstanceNorm(FunctionalBatchNorm):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.instance_norm(inputs, None, None, self.mean, self.variance, True, 0.1, 1e-5, False)
 
 
 def loss_of(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -729,6 +737,32 @@ def test_a_lazy_module_is_materialized_once_and_advances_once_per_step() -> None
     GAM(model.parameters(), rho=RHO, lr=LR, model=model).step(lambda: loss_of(model, inputs))
     assert_same(bits(twin), bits(model))
     assert int(model[1].num_batches_tracked) == 1
+
+
+class LazyAverage(LazyModuleMixin, nn.Module):
+    """An average whose size the first batch tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", UninitializedBuffer(dtype=torch.float64))
+
+    def initialize_parameters(self, inputs: Tensor) -> None:
+        if self.has_uninitialized_params():
+            self.average.materialize(inputs.shape[1:])
+            self.average.zero_()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.average.lerp_(inputs.detach().mean(0), 0.5)
+        return inputs.sin()
+
+
+def test_a_lazy_buffer_of_a_custom_module_advances_once_per_step() -> None:
+    model, twin = (nn.Sequential(nn.Linear(2, 3).double(), LazyAverage()) for _ in range(2))
+    twin[0].load_state_dict(model[0].state_dict())
+    inputs = draw(6, 2)
+    twin(inputs)
+    GAM(model.parameters(), rho=RHO, lr=LR, model=model).step(lambda: loss_of(model, inputs))
+    assert_same(bits(twin), bits(model))
 
 
 def test_buffers_outside_of_the_given_model_are_the_closures_own() -> None:

@@ -64,7 +64,9 @@ class ForeachBackend(Backend):
         if not params:
             return
         wide = accumulation_dtype(params[0].dtype)
-        scale = rho / (_scalar(direction_norm, params) + xi * (_scalar(grad_norm, params) + xi))
+        norm_u, norm_g = _scalar(direction_norm, params), _scalar(grad_norm, params)
+        scale = rho / (norm_u + xi * (norm_g + xi))
+        is_finite = norm_u.isfinite() & norm_g.isfinite() & scale.isfinite()
         # The adversarial point of the whole list has to exist before the first backup is written: once all backups are,
         # and no parameter is, the direction is stored nowhere else. So this takes as much temporary memory as the
         # parameters do, and a kernel that swaps element by element takes none.
@@ -72,7 +74,10 @@ class ForeachBackend(Backend):
         for batch in _batches(params):
             moved = torch._foreach_mul(_cast(directions[batch], wide), scale)
             torch._foreach_add_(moved, _cast(params[batch], wide))
-            adversarial += _cast(moved, params[0].dtype)
+            adversarial += [
+                torch.where(is_finite, point, param)
+                for point, param in zip(_cast(moved, params[0].dtype), params[batch], strict=True)
+            ]
         torch._foreach_copy_(list(directions), list(params))
         torch._foreach_copy_(list(params), adversarial)
 

@@ -63,7 +63,8 @@ class Backend(ABC):
         """Swap in the adversarial point: ``params!`` ← θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)), ``directions!`` ← θ.
 
         The direction buffer becomes the backup, so that restoring is exact to the bit and costs no extra memory.
-        Backups are complete before the first parameter is written.
+        Backups are complete before the first parameter is written. Where a norm or the quotient is not finite, the
+        parameters keep their values, so that no loss is evaluated at a point that is none; backups are written as ever.
         """
         validate_lists(writes={"params": params, "directions": directions})
         self._perturb_(params, directions, direction_norm, grad_norm, rho, xi)

@@ -47,7 +47,8 @@ class ReferenceBackend(Backend):
             wide = accumulation_dtype(param.dtype)
             norm_u, norm_g = direction_norm.to(param.device, wide), grad_norm.to(param.device, wide)
             scale = rho / (norm_u + xi * (norm_g + xi))
-            adversarial.append((param.to(wide) + scale * direction.to(wide)).to(param.dtype))
+            moved = (param.to(wide) + scale * direction.to(wide)).to(param.dtype)
+            adversarial.append(torch.where(norm_u.isfinite() & norm_g.isfinite() & scale.isfinite(), moved, param))
         for param, direction in zip(params, directions, strict=True):
             direction.copy_(param)
         for param, moved in zip(params, adversarial, strict=True):

@@ -197,6 +197,22 @@ def test_perturb_with_a_zero_direction_moves_nothing(
 
 
 @pytest.mark.parametrize(
+    ("u_norm", "g_norm", "xi"),
+    [(math.nan, 1.0, 0.1), (1.0, math.nan, 0.1), (math.inf, 1.0, 0.1), (1.0, math.inf, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_perturb_moves_nothing_where_the_direction_is_not_finite(
+    backend: Backend, dtype: torch.dtype, device: torch.device, u_norm: float, g_norm: float, xi: float
+) -> None:
+    draw = Draw(dtype, device)
+    params = draw.normal([Spec((9,), "contiguous"), Spec((3, 5), "transposed")])
+    theta = [p.clone() for p in params]
+    directions = [torch.full_like(p, math.nan) for p in params]
+    backend.perturb_(params, directions, draw.norm(u_norm), draw.norm(g_norm), RHO, xi)
+    assert_same_bits(params, theta)
+    assert_same_bits(directions, theta)
+
+
+@pytest.mark.parametrize(
     ("name", "value"), [("direction_norm", 2.0), ("grad_norm", 2.0), ("rho", 0.5), ("xi", 0.5)], ids=str
 )
 def test_every_number_given_to_perturb_reaches_the_result(backend: Backend, name: str, value: float) -> None:
