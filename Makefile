@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 DEMO_DIR := demo
-DEMO_FLAGS := --data digits --model resnet --epochs 5 --seed 0
+DEMO_FLAGS := --data digits --model resnet --epochs 10 --threads 1 --seed 0
 
 VENV := .venv
 BIN := $(VENV)/bin
