@@ -216,7 +216,7 @@ class GAM(OptimizerWrapper):
     def _descend_by_gradient(self, transaction: Transaction, at_theta: Evaluation) -> None:
         """Let the base optimizer step along g."""
         active = self._active(transaction, at_theta)
-        grads = owned(active.of(at_theta), active.params)
+        grads = active.of(at_theta)
         grad_norm = global_norm(self._kernels, grads)
         self.metrics.update(loss=at_theta.loss, grad_norm=grad_norm)
         with uninterrupted():

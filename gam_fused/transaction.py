@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gam_fused.ambient import Ambient
 from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.grouping import buckets, take
 from gam_fused.kernels.interface import Backend
@@ -49,7 +48,6 @@ class Transaction:
         self._backend = backend
         self.params = params
         self.groups = groups
-        self._ambient = Ambient()
         self._grads = [param.grad for param in params]
         self._moves: list[_Move] = []
         self._committed = False
@@ -102,7 +100,6 @@ class Transaction:
         if self._committed:
             return
         with uninterrupted():
-            self._ambient.restore()
             self.move_back()
             self.replay.rewind()
             for param, grad in zip(self.params, self._grads, strict=True):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import arguments, kernels
+from gam_fused.ambient import Ambient
+from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.interface import Backend
 from gam_fused.transaction import Transaction
 
@@ -168,11 +170,14 @@ class OptimizerWrapper(Optimizer):
 
     @contextmanager
     def _all_or_nothing(self, transaction: Transaction) -> Iterator[None]:
+        ambient = Ambient()  # of this call: the second half of a step may run under other modes than the first
         try:
             yield
         except BaseException:  # KeyboardInterrupt and SystemExit included
-            self._pending, self._running = None, False
-            transaction.roll_back()
+            with uninterrupted():
+                ambient.restore()
+                self._pending, self._running = None, False
+                transaction.roll_back()
             raise
 
     def _step_base(self, transaction: Transaction, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -33,9 +33,9 @@ hypothesis.settings.load_profile("gam-fused")
 
 
 def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-        torch.set_num_threads(1)
+    # Tensors here are small: a second thread costs more than it gives, and ten times that on a busy machine.
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:

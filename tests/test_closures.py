@@ -673,6 +673,28 @@ def test_nothing_is_left_behind_by_a_step_that_succeeds_or_fails(
     assert all(param.grad is not None for param in task.params)
 
 
+@pytest.mark.parametrize("end", ["second_step", "second_step_fails", "cancel_step"])
+def test_nothing_is_left_behind_by_the_two_phases_wherever_they_end(end: str) -> None:
+    """The second half may run under other modes than the first."""
+    task = Task()
+    optimizer = task.optimizer()
+    optimizer.first_step(task.loss())
+    with Counting(), Counting(), bfloat16():
+        before = surroundings()
+        if end == "second_step":
+            optimizer.second_step(task.loss())
+        elif end == "cancel_step":
+            optimizer.cancel_step()
+        else:
+            with pytest.raises(TypeError, match="second_step"):
+                optimizer.second_step(None)  # type: ignore[arg-type]
+        assert surroundings() == before
+    with torch.no_grad():
+        optimizer.step(task.loss)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
 class Counting(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -933,6 +955,18 @@ def test_the_returned_loss_is_the_one_at_theta_detached(kind: str, mode: str) ->
     assert all(not torch.equal(loss, value) for value in values[1:])
 
 
+class Token:
+    """Something that lives as long as the graph that holds it."""
+
+
+def watched(hidden: Tensor) -> list[weakref.ref[Any]]:
+    """The tensor, and its place in the graph."""
+    token = Token()
+    assert hidden.grad_fn is not None
+    hidden.grad_fn.metadata["token"] = token
+    return [weakref.ref(hidden), weakref.ref(token)]
+
+
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     gc.collect()
@@ -950,11 +984,11 @@ def test_no_graph_is_kept_alive_after_a_step(backward_calls: int, outcome: str, 
     task = Task()
     optimizer = task.optimizer(mode)
     first, _, last = task.model
-    graph: list[weakref.ref[Tensor]] = []
+    graph: list[weakref.ref[Any]] = []
 
     def forward(start: int, stop: int) -> Tensor:
         hidden = first(task.inputs[start:stop]).tanh()
-        graph.append(weakref.ref(hidden))
+        graph.extend(watched(hidden))
         loss = F.cross_entropy(last(hidden), task.labels[start:stop], reduction="sum")
         return loss * float("nan") if outcome == "skip" else loss
 
@@ -979,18 +1013,18 @@ def test_no_graph_is_kept_alive_after_a_step(backward_calls: int, outcome: str, 
 def test_no_graph_is_kept_alive_after_both_phases() -> None:
     task = Task()
     optimizer = task.optimizer()
-    graph: list[weakref.ref[Tensor]] = []
+    graph: list[list[weakref.ref[Any]]] = []
 
     def forward() -> Tensor:
         hidden = task.model[0](task.inputs).tanh()
-        graph.append(weakref.ref(hidden))
+        graph.append(watched(hidden))
         return F.cross_entropy(task.model[2](hidden), task.labels)
 
     with without_garbage_collection():
         optimizer.first_step(forward())
-        assert graph[0]() is None
+        assert [ref() for ref in graph[0]] == [None, None]
         optimizer.second_step(forward())
-        assert graph[1]() is None
+        assert [ref() for ref in graph[1]] == [None, None]
 
 
 def test_a_step_on_a_loss_that_the_caller_keeps_frees_what_its_graph_saved() -> None:

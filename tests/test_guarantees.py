@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -401,7 +401,16 @@ class Fixed(torch.autograd.Function):
         return tuple(grad * param.cos() for param in ctx.saved_tensors)
 
 
+@pytest.fixture
+def _ctrl_c_raises() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT until somebody asks for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_ctrl_c_raises")
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(hvp: str) -> None:
     """A real SIGINT at every line of the package that a step runs, at its first and its last turn."""
