@@ -260,7 +260,7 @@ class OptimizerWrapper(Optimizer):
         # Like torch's own optimizers, without hooks; a back end is found again by name.
         # Nor with `step`, which LR schedulers replace by a function that steps this very object.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "step"}
-        return {**state, "backend": self.backend}
+        return {**state, "backend": self.backend, "_skipped_last": self._skipped_last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._kernels = kernels.resolve(state.pop("backend"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from gam_fused.cli.errors import CommandError
@@ -23,7 +24,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
+        with suppress(OSError):  # on a full disk, half a file must not keep it full
+            partial.unlink(missing_ok=True)
         raise CommandError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def is_partial(path: Path) -> bool:
+    """Whether ``path`` is what a process that was killed left of a file that it was writing."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,6 +20,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("comparison.png"),
 ) -> None:
     """Print the results of several runs side by side and draw their curves into one picture."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise CommandError(f"--out {out}: must be a file whose name ends in .png")
     loaded = [_load(RunFolder(path)) for path in runs]
     plot_runs([(run.name, run.history) for run in loaded], out)
     console = Console()
@@ -32,4 +34,4 @@ def _load(folder: RunFolder) -> Run:
     history = read_csv(folder.log) if folder.log.exists() else []
     if not history:
         raise CommandError(f"{folder.path} has no finished epoch yet")
-    return Run(folder.path.name, config, history)
+    return Run(folder.name, config, history)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 
+from gam_fused.cli.errors import CommandError
 from gam_fused.cli.history import History, write_csv
 from gam_fused.cli.plots import plot_runs
 from gam_fused.cli.run_folder import RunFolder
@@ -24,30 +27,51 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
-        self._events = SummaryWriter(str(folder.events), purge_step=step + 1)
+        with _one_line(folder):
+            self._events = SummaryWriter(str(folder.events), purge_step=step + 1)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # TensorBoard writes in a thread of its own, and says at the next call what went wrong there.
+        with suppress(CommandError) if error is not None else nullcontext(), _one_line(self._folder):
+            self._events.close()
 
     def step_done(self, report: StepReport) -> None:
         if report.step % STEPS_BETWEEN_EVENTS != 0:
             return
-        self._events.add_scalar("step/loss", report.loss(), report.step)
-        self._events.add_scalar("step/lr", report.lr, report.step)
-        self._events.add_scalar("step/seconds", report.step_seconds(), report.step)
-        flatness = report.flatness()
-        if flatness is not None:
-            self._events.add_scalar("step/first_order_flatness", flatness, report.step)
+        values = {
+            "loss": report.loss(),
+            "lr": report.lr,
+            "seconds": report.step_seconds(),
+            "first_order_flatness": report.flatness(),
+        }
+        self._add("step", values, report.step)
 
     def epoch_done(self, history: History) -> None:
-        record = history[-1]
-        for name, value in asdict(record).items():
-            if value is not None and name not in ("epoch", "step"):
-                self._events.add_scalar(f"epoch/{name}", value, record.step)
-        self._events.flush()
+        values = asdict(history[-1])
+        del values["epoch"]
+        self._add("epoch", values, values.pop("step"))
+        with _one_line(self._folder):
+            self._events.flush()
         self.rewrite(history)
+
+    def _add(self, kind: str, values: dict[str, float | None], step: int) -> None:
+        with _one_line(self._folder):
+            for name, value in values.items():
+                if value is not None:
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def rewrite(self, history: History) -> None:
         """Write the CSV and the picture of ``history``."""
         write_csv(history, self._folder.log)
-        plot_runs([(self._folder.path.name, history)], self._folder.picture)
+        plot_runs([(self._folder.name, history)], self._folder.picture)
 
-    def close(self) -> None:
-        self._events.close()
+
+@contextmanager
+def _one_line(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{folder.events} cannot be written: {error.strerror}") from error

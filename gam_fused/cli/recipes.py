@@ -91,7 +91,6 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
             raise CommandError(f"{option(name)} has no effect with {without_use[name]}; leave it out")
     config = RunConfig(**{**defaults, **given, **dict.fromkeys(without_use), "base": base})
     _check_ranges(config)
-    _check_device(config.device)
     return config
 
 
@@ -125,7 +124,8 @@ def _check(config: RunConfig, name: str, lowest: float, limit: float, words: str
         raise CommandError(f"{option(name)} {value}: must be {words}")
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raise :class:`CommandError` if this machine has no device of that name."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: this PyTorch was built without the device

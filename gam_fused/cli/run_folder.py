@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gam_fused.cli.atomic import is_partial
 from gam_fused.cli.config import RunConfig
 from gam_fused.cli.errors import CommandError
 
@@ -16,6 +17,11 @@ class RunFolder:
     """``path`` holds everything that one training run writes."""
 
     path: Path
+
+    @property
+    def name(self) -> str:
+        """What tables and pictures call the run; also where ``path`` is "."."""
+        return self.path.resolve().name
 
     @property
     def config(self) -> Path:
@@ -38,8 +44,11 @@ class RunFolder:
         return self.path / "curves.png"
 
     def refuse_if_used(self) -> None:
-        """Raise :class:`CommandError` if the folder exists and holds anything: a new run never overwrites."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Raise :class:`CommandError` if the folder exists and holds anything: a new run never overwrites.
+
+        What a run left that was killed before it had written its settings does not count.
+        """
+        if self.path.exists() and (not self.path.is_dir() or not all(map(is_partial, self.path.iterdir()))):
             raise CommandError(f"{self.path} already exists; continue that run with --resume, or choose another --out")
 
     def create(self, config: RunConfig) -> None:

@@ -70,7 +70,7 @@ class StepReport:
         return self.progress.seconds / self.progress.batches
 
     def flatness(self) -> float | None:
-        """First-order flatness of this step's mini-batch at the step's rho; ``None`` if the optimizer has no such."""
+        """First-order flatness of the last flatness step's mini-batch at its rho; ``None`` if there is no such."""
         flatness = self.metrics.get("first_order_flatness")
         return None if flatness is None else flatness.item()
 
@@ -113,7 +113,7 @@ class Trainer:
         return len(self.history) == self.config.epochs
 
     def train_epoch(self, step_done: Callable[[StepReport], None], should_stop: Callable[[], bool]) -> bool:
-        """Do the rest of the current epoch's steps. ``False`` if ``should_stop`` said so, which is asked after each."""
+        """Do the rest of the current epoch's steps. ``False`` if ``should_stop``, asked after each, left any."""
         epoch, size, batch_size = len(self.history), len(self.dataset.train), self.config.batch_size
         order = random_state.epoch_order(size, self.config.seed, epoch, self._device)
         self.model.train()
@@ -125,8 +125,8 @@ class Trainer:
             self._progress.seconds += clock - before
             step_done(self._report(loss))
             if should_stop():
-                return False
-        return True
+                break
+        return self._progress.batches == self.batches
 
     def end_epoch(self) -> EpochRecord:
         """Evaluate, add the epoch's record to the history, and begin the next epoch."""

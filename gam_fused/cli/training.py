@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from gam_fused.cli.logs import RunLog
 from gam_fused.cli.models import MODELS
 from gam_fused.cli.optimizers import build_optimizer
 from gam_fused.cli.progress import ProgressDisplay
-from gam_fused.cli.recipes import resolve
+from gam_fused.cli.recipes import check_device, resolve
 from gam_fused.cli.report import Run, results_table
 from gam_fused.cli.run_folder import RunFolder
 from gam_fused.cli.stopping import StopRequest, stop_on_signals
@@ -61,6 +61,7 @@ def resumed_run(given: Mapping[str, Any], folder: RunFolder) -> Trainer:
 
 def build_trainer(config: RunConfig, data_dir: str | None = None) -> Trainer:
     """Everything that a run of ``config`` consists of, at its beginning. ``data_dir``: where the data have moved to."""
+    check_device(config.device)
     random_state.make_deterministic(config.seed, config.threads)
     device = torch.device(config.device)
     dataset = load_dataset(config.data, data_dir or config.data_dir, config.train_size, device)
@@ -74,7 +75,7 @@ def run(trainer: Trainer, folder: RunFolder, quiet: bool) -> None:
     console = Console()
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(closing(RunLog(folder, trainer.step)))
+        log = stack.enter_context(RunLog(folder, trainer.step))
         if trainer.history:
             log.rewrite(trainer.history)
         observers: list[Observer] = [log]
@@ -84,7 +85,7 @@ def run(trainer: Trainer, folder: RunFolder, quiet: bool) -> None:
             display = ProgressDisplay(console, epochs, trainer.step, epochs * trainer.batches)
             observers.append(stack.enter_context(display))
         train_to_end(trainer, folder, observers, stop)
-    console.print(results_table([Run(folder.path.name, trainer.config, trainer.history)]))
+    console.print(results_table([Run(folder.name, trainer.config, trainer.history)]))
     if not quiet:
         console.print(f"Curves: {folder.picture}", highlight=False)
 

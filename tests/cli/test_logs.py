@@ -96,12 +96,10 @@ def test_resuming_supersedes_events_after_the_checkpoint(tmp_path: Path) -> None
     from gam_fused.cli.run_folder import RunFolder
 
     folder = RunFolder(tmp_path)
-    first = logs.RunLog(folder, step=0)
-    for epoch in (1, 2, 3):
-        first.epoch_done([_record(epoch, loss=1.0)])
-    first.close()
-    resumed = logs.RunLog(folder, step=20)
-    resumed.epoch_done([_record(3, loss=2.0)])
-    resumed.close()
+    with logs.RunLog(folder, step=0) as first:
+        for epoch in (1, 2, 3):
+            first.epoch_done([_record(epoch, loss=1.0)])
+    with logs.RunLog(folder, step=20) as resumed:
+        resumed.epoch_done([_record(3, loss=2.0)])
     losses = [(event.step, event.value) for event in _events(tmp_path).Scalars("epoch/test_loss")]
     assert losses == [(10, 1.0), (20, 1.0), (30, 2.0)]

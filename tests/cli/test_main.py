@@ -71,6 +71,35 @@ def test_run_writes_what_it_promises_and_prints_its_results(cli: Cli, tmp_path: 
     assert "\x1b" not in result.out  # not a terminal: no colours, no bar
 
 
+def test_a_folder_of_a_run_that_died_before_its_settings_were_written_may_be_used(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.partial").write_bytes(b"{")
+    assert cli("train", "--out", tmp_path / "run", *arguments(QUICK)).code == 0
+
+
+def test_resuming_without_the_device_of_the_run_fails_in_one_line(cli: Cli, tmp_path: Path) -> None:
+    cli("train", "--out", tmp_path / "run", *arguments(QUICK))
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"device": "cpu"', '"device": "nowhere"'))
+    failed = cli("train", "--resume", "--out", tmp_path / "run")
+    assert failed.code == 2
+    assert failed.err.startswith("gam-fused: --device nowhere cannot be used: ")
+    assert failed.err.count("\n") == 1
+
+
+def test_a_full_disk_under_tensorboard_ends_the_run_in_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.flush", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    result = cli("train", "--out", tmp_path / "run", *arguments(QUICK))
+    assert result.code == 2
+    assert result.err == f"gam-fused: {tmp_path}/run/tensorboard cannot be written: No space left on device\n"
+
+
 def test_quiet_prints_the_table_and_nothing_else(cli: Cli) -> None:
     lines = cli("train", "--quiet", *arguments(QUICK)).out.splitlines()
     assert lines[0].startswith("┏")
@@ -176,6 +205,12 @@ def test_compare_puts_runs_side_by_side(cli: Cli, tmp_path: Path) -> None:
         "",
         f"gam-fused: {tmp_path}/nowhere/a.png cannot be written: No such file or directory\n",
     )
+
+
+@pytest.mark.parametrize("out", [".", "picture.svg"])
+def test_compare_refuses_to_write_anything_but_a_png(out: str, cli: Cli, tmp_path: Path) -> None:
+    result = cli("compare", tmp_path, "--out", out)
+    assert (result.code, result.err) == (2, f"gam-fused: --out {out}: must be a file whose name ends in .png\n")
 
 
 @pytest.mark.parametrize("setup", [lambda path: None, lambda path: path.mkdir()], ids=["missing", "empty"])

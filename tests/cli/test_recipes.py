@@ -11,7 +11,7 @@ import pytest
 
 from gam_fused.cli.config import RunConfig, refuse_contradictions
 from gam_fused.cli.errors import CommandError
-from gam_fused.cli.recipes import resolve
+from gam_fused.cli.recipes import check_device, resolve
 from gam_fused.gam import DEFAULT_ALPHA, DEFAULT_RHO
 
 
@@ -75,7 +75,7 @@ def test_value_out_of_range_is_refused(name: str, value: float) -> None:
 @pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
 def test_device_that_cannot_be_used_is_refused(device: str) -> None:
     with pytest.raises(CommandError, match=f"--device {device} cannot be used: "):
-        resolve({"device": device})
+        check_device(device)
 
 
 def test_config_survives_its_file(tmp_path: Path) -> None:

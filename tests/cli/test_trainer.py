@@ -108,3 +108,11 @@ def test_training_accuracy_and_loss_are_those_at_theta_not_at_the_adversarial_po
     loss, accuracy = loss_and_accuracy(trainer.model, trainer.dataset.train)
     assert record.train_accuracy == accuracy
     assert record.train_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_stop_during_the_last_step_of_an_epoch_leaves_the_epoch_complete() -> None:
+    trainer = build_trainer(resolve({**SMALL, "optimizer": "sgd"}))
+    steps: list[int] = []
+    assert trainer.train_epoch(lambda report: steps.append(report.step), lambda: len(steps) == trainer.batches)
+    assert len(steps) == trainer.batches
+    assert not trainer.finished

@@ -103,6 +103,15 @@ def test_a_copy_of_a_scheduled_optimizer_steps_itself(duplicate: Any, on_base: b
     assert course(optimizer, task, 2) == visited
 
 
+@COPIES
+def test_a_copy_knows_whether_the_last_step_was_skipped(duplicate: Any) -> None:
+    """Or a row of skipped steps would end differently for the copy: see ``OptimizerWrapper._skip``."""
+    task = Task()
+    optimizer = GAM(task.params, lr=0.1)
+    optimizer.step(lambda: task.loss() * float("nan"))
+    assert duplicate(optimizer).state_dict()["gam_fused"]["skipped_last"]
+
+
 def test_a_shallow_copy_shares_parameters_and_state() -> None:
     task = Task()
     optimizer = Base(SGD, {"lr": 0.1, "momentum": 0.9}).gam(task.params)
