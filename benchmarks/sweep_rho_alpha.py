@@ -355,16 +355,20 @@ def summary(results: Results) -> str:
 
 
 def _tuning_table(results: Results) -> Iterator[str]:
-    yield "| network | base optimizer | lr | seeds | validation accuracy | test accuracy | train loss |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| network | base optimizer | lr | seeds | validation accuracy | test accuracy | train loss | test loss |"
+    yield "|---|---|---|---|---|---|---|---|"
     base = {run: outcome for run, outcome in results.items() if run == run.base}
     for (name, lr), runs in _grouped(base, lambda run: (run.network, run.lr)).items():
         outcomes = [results[run] for run in runs]
         validation = _mean_and_deviation([100 * outcome.validation_accuracy for outcome in outcomes])
         test = _mean_and_deviation([100 * outcome.test_accuracy for outcome in outcomes])
         train_loss = statistics.mean(outcome.train_loss for outcome in outcomes)
+        test_loss = statistics.mean(outcome.test_loss for outcome in outcomes)
         optimizer = NETWORKS[name].base_optimizer.__name__
-        yield f"| {name} | {optimizer} | {lr:g} | {len(runs)} | {validation} % | {test} % | {train_loss:.4f} |"
+        yield (
+            f"| {name} | {optimizer} | {lr:g} | {len(runs)} | {validation} % | {test} % "
+            f"| {train_loss:.4f} | {test_loss:.3f} |"
+        )
 
 
 def _grid_table(results: Results) -> Iterator[str]:

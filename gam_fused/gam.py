@@ -106,7 +106,15 @@ class GAM(OptimizerWrapper):
     ) -> None:
         arguments.check_base_optimizer_class(base_optimizer)
         base = base_optimizer(arguments.listed_groups(params), **base_kwargs)
-        self._wrap(base, rho, alpha, xi, hvp, fd_epsilon, model, backend, interval)
+        self._wrap(
+            base,
+            {"rho": rho, "alpha": alpha, "xi": xi},
+            backend,
+            model,
+            hvp=hvp,
+            fd_epsilon=fd_epsilon,
+            interval=interval,
+        )
 
     @classmethod
     def wrap(
@@ -131,25 +139,32 @@ class GAM(OptimizerWrapper):
         arguments.check_base_optimizer_class(type(optimizer))
         arguments.listed_groups(optimizer.param_groups)
         gam = cls.__new__(cls)
-        gam._wrap(optimizer, rho, alpha, xi, hvp, fd_epsilon, model, backend, interval)
+        gam._wrap(
+            optimizer,
+            {"rho": rho, "alpha": alpha, "xi": xi},
+            backend,
+            model,
+            hvp=hvp,
+            fd_epsilon=fd_epsilon,
+            interval=interval,
+        )
         return gam
 
     def _wrap(
         self,
         base: Optimizer,
-        rho: float,
-        alpha: float,
-        xi: float,
+        hyperparameters: dict[str, float],
+        backend: str,
+        model: nn.Module | None,
+        *,
         hvp: str,
         fd_epsilon: float,
-        model: nn.Module | None,
-        backend: str,
         interval: int,
     ) -> None:
         arguments.check_choice("hvp", hvp, ("exact", "finite_difference"))
         arguments.check_positive("fd_epsilon", fd_epsilon)
         arguments.check_interval(interval)
-        super().__init__(base, {"rho": rho, "alpha": alpha, "xi": xi}, backend, model)
+        super().__init__(base, hyperparameters, backend, model)
         self.hvp = hvp
         self.fd_epsilon = fd_epsilon
         self.interval = interval
@@ -171,32 +186,33 @@ class GAM(OptimizerWrapper):
             self._running = True
             create_graph = with_flatness and self.hvp == "exact"
             run = partial(evaluate, closure, transaction.params, transaction.replay, create_graph=create_graph)
+            hvp = _exact_hvp if self.hvp == "exact" else partial(self._finite_difference_hvp, transaction, run)
             at_theta = run()  # g = ∇L(θ)
             if with_flatness:
-                ascent = self._ascend(transaction, at_theta, run)  # θ_adv = θ + ρ f / (‖f‖ + ξ)
-                self._descend(transaction, ascent, run(), run)  # g_adv = ∇L(θ_adv), θ ← θ − η (g + α h)
+                ascent = self._ascend(transaction, at_theta, hvp)  # θ_adv = θ + ρ f / (‖f‖ + ξ)
+                self._descend(transaction, ascent, run(), hvp)  # g_adv = ∇L(θ_adv), θ ← θ − η (g + α h)
             else:
                 self._descend_by_gradient(transaction, at_theta)  # θ ← θ − η g
         return at_theta.loss
 
-    def _ascend(self, transaction: Transaction, at_theta: Evaluation, run: _Run | None) -> _Ascent:
+    def _ascend(self, transaction: Transaction, at_theta: Evaluation, hvp: _HVP) -> _Ascent:
         """θ_adv = θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)) with u = H(θ) g."""
         active = self._active(transaction, at_theta)
         grads = active.of(at_theta)
         grad_norm = global_norm(self._kernels, grads)
-        directions = owned(self._hvp(transaction, at_theta, run, active, grads, grad_norm), active.params)
+        directions = owned(hvp(at_theta, active, grads, grad_norm), active.params)
         direction_norm = global_norm(self._kernels, directions)
         # Only now, since the graph that shared these tensors is gone: the combination is written into them.
         grads = owned(grads, active.params)
         transaction.move(active.params, directions, direction_norm, grad_norm, active.rhos, active.xis)
         return _Ascent(active, grads, backups=directions, loss=at_theta.loss, grad_norm=grad_norm, norm=direction_norm)
 
-    def _descend(self, transaction: Transaction, ascent: _Ascent, at_adversarial: Evaluation, run: _Run | None) -> None:
+    def _descend(self, transaction: Transaction, ascent: _Ascent, at_adversarial: Evaluation, hvp: _HVP) -> None:
         """Restore θ and let the base optimizer step along g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv."""
         active = ascent.active
         grads_adv = active.of(at_adversarial)
         adversarial_norm = global_norm(self._kernels, grads_adv)
-        hvps = owned(self._hvp(transaction, at_adversarial, run, active, grads_adv, adversarial_norm), active.params)
+        hvps = owned(hvp(at_adversarial, active, grads_adv, adversarial_norm), active.params)
         self.metrics.update(
             loss=ascent.loss,
             grad_norm=ascent.grad_norm,
@@ -225,18 +241,15 @@ class GAM(OptimizerWrapper):
             else:
                 self._skip(transaction)
 
-    def _hvp(
+    def _finite_difference_hvp(
         self,
         transaction: Transaction,
-        evaluation: Evaluation,
-        run: _Run | None,
+        run: Callable[[], Evaluation],
+        at: Evaluation,
         active: _Active,
         vectors: list[Tensor],
         norm: Tensor,
     ) -> list[Tensor]:
-        """H v at the point of ``evaluation``, for its own gradient v."""
-        if run is None or self.hvp == "exact":
-            return evaluation.gradients.hvp(active.indices, vectors)
         return finite_difference_hvp(transaction, run, active.indices, active.params, vectors, norm, self.fd_epsilon)
 
     def _restore_and_combine(
@@ -276,7 +289,7 @@ class GAM(OptimizerWrapper):
         transaction = Transaction(self._kernels, *self._trainable(), self.model, keep_random_states=False)
         with self._all_or_nothing(transaction):
             at_theta = differentiated(loss, transaction.params, create_graph=True)
-            self._pending = transaction, self._ascend(transaction, at_theta, None)
+            self._pending = transaction, self._ascend(transaction, at_theta, _exact_hvp)
 
     @torch.no_grad()
     def second_step(self, loss_adv: Tensor) -> Tensor:
@@ -292,7 +305,8 @@ class GAM(OptimizerWrapper):
             self._pending = None
             self._check_ready()
             check_loss(loss_adv, needs_graph=True, name="the loss given to second_step")
-            self._descend(transaction, ascent, differentiated(loss_adv, transaction.params, create_graph=True), None)
+            at_adversarial = differentiated(loss_adv, transaction.params, create_graph=True)
+            self._descend(transaction, ascent, at_adversarial, _exact_hvp)
         self._opt_called = True  # what an LR scheduler looks for, and notes itself when step() is called
         return ascent.loss
 
@@ -306,9 +320,6 @@ class GAM(OptimizerWrapper):
     def _active(self, transaction: Transaction, evaluation: Evaluation) -> _Active:
         indices = [i for i, grad in enumerate(evaluation.gradients.total) if grad is not None]
         return _Active(indices, take(transaction.params, indices), take(transaction.groups, indices), self.keys)
-
-
-_Run = Callable[[], Evaluation]
 
 
 @dataclass
@@ -344,6 +355,14 @@ class _Active:
             for group in self.groups
         ]
         return list(zip(self.rhos, alphas, self.xis, strict=True))
+
+
+_HVP = Callable[[Evaluation, _Active, list[Tensor], Tensor], list[Tensor]]
+"""H v at the point of an evaluation, for its own gradient v of the active parameters and ‖v‖."""
+
+
+def _exact_hvp(at: Evaluation, active: _Active, vectors: list[Tensor], norm: Tensor) -> list[Tensor]:
+    return at.gradients.hvp(active.indices, vectors)
 
 
 @dataclass

@@ -101,7 +101,7 @@ def test_summary_pairs_runs_by_seed() -> None:
     gam = replace(base, rho=0.1, alpha=0.3)
     results = {
         base: Outcome(0.81, 0.80, 0.10, 0.50, 0.4, 0, 1.0),
-        replace(base, seed=1): Outcome(0.83, 0.82, 0.20, 0.50, 0.4, 0, 1.0),
+        replace(base, seed=1): Outcome(0.83, 0.82, 0.20, 0.70, 0.4, 0, 1.0),
         replace(base, lr=0.2): Outcome(0.70, 0.60, 0.30, 0.50, 0.4, 0, 1.0),
         gam: Outcome(0.80, 0.81, 0.20, 0.40, 0.2, 0, 8.0),  # +1 point, flatness × 1/2
         replace(gam, seed=1): Outcome(0.80, 0.85, 0.40, 0.60, 0.05, 0, 8.0),  # +3 points, flatness × 1/8
@@ -109,8 +109,8 @@ def test_summary_pairs_runs_by_seed() -> None:
     }
     lines = summary(results).splitlines()
     assert lines[2:4] == [
-        f"| {CONV_NET} | SGD | 0.1 | 2 | 82.00 ± 1.41 % | 81.00 ± 1.41 % | 0.1500 |",
-        f"| {CONV_NET} | SGD | 0.2 | 1 | 70.00 % | 60.00 % | 0.3000 |",
+        f"| {CONV_NET} | SGD | 0.1 | 2 | 82.00 ± 1.41 % | 81.00 ± 1.41 % | 0.1500 | 0.600 |",
+        f"| {CONV_NET} | SGD | 0.2 | 1 | 70.00 % | 60.00 % | 0.3000 | 0.500 |",
     ]
     assert lines[-2:] == [
         f"| {CONV_NET} | 0.1 | 0.1 | 0.3 | 2 | +2.00 ± 1.41 | 0.25 | 0.3000 | 0.500 |",

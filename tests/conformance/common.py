@@ -201,3 +201,8 @@ def course(optimizer: Optimizer, task: Task, steps: int) -> Any:
         optimizer.step(task.loss if isinstance(optimizer, GAM) else task.ordinary_closure(optimizer))
         visited.append(bits(task.params))
     return visited, bits(optimizer.state_dict())
+
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+bases = pytest.mark.parametrize("base", BASES)
+MOMENTUM = Base(SGD, {"lr": 0.1, "momentum": 0.9})

@@ -12,9 +12,8 @@ from torch.optim import SGD
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from gam_fused import GAM
-from tests.conformance.common import BACKENDS, CLOSE, Base, Task, bits
+from tests.conformance.common import CLOSE, Base, Task, backends, bits
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
 BASE = Base(SGD, {"lr": 0.1, "momentum": 0.9})
 
 

@@ -16,26 +16,23 @@ from torch.optim import SGD, Adadelta, Adam, Optimizer, RMSprop
 from gam_fused import GAM
 from tests.conformance.common import (
     ALPHA,
-    BACKENDS,
-    BASES,
     CONFIGURATIONS,
     IMPLEMENTATIONS,
     INFOS,
+    MOMENTUM,
     RHO,
     XI,
     Base,
     Task,
     assert_same_course,
+    backends,
+    bases,
     bits,
     course,
     plain_step,
     reference_step,
     snapshot,
 )
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-bases = pytest.mark.parametrize("base", BASES)
-MOMENTUM = Base(SGD, {"lr": 0.1, "momentum": 0.9})
 
 
 def saved_and_loaded(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
 from gam_fused import GAM
-from tests.conformance.common import BACKENDS, BASES, CONFIGURATIONS, Base, Task, bits, course
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-bases = pytest.mark.parametrize("base", BASES)
+from tests.conformance.common import CONFIGURATIONS, Base, Task, backends, bases, bits, course
 
 
 def public_attributes(optimizer: GAM) -> dict[str, Any]:

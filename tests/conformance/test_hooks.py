@@ -9,12 +9,18 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tests.conformance.common import BACKENDS, BASES, Base, Task, bits, reference_step, snapshot
+from tests.conformance.common import (
+    MOMENTUM,
+    Base,
+    Task,
+    backends,
+    bases,
+    bits,
+    reference_step,
+    snapshot,
+)
 
 PLAIN = Base(SGD, {"lr": 0.1})
-MOMENTUM = Base(SGD, {"lr": 0.1, "momentum": 0.9})
-bases = pytest.mark.parametrize("base", BASES)
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @bases

@@ -13,23 +13,19 @@ from torch.optim import ASGD, SGD, Adadelta, Adam, AdamW, Optimizer, RMSprop
 from gam_fused import GAM, reference
 from tests.conformance.common import (
     ALPHA,
-    BACKENDS,
-    BASES,
+    MOMENTUM,
     RHO,
     XI,
     Base,
     Task,
     assert_same_course,
+    backends,
+    bases,
     bits,
     course,
     reference_step,
     snapshot,
 )
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-bases = pytest.mark.parametrize("base", BASES)
-
-MOMENTUM = Base(SGD, {"lr": 0.1, "momentum": 0.9})
 
 FORMS: dict[str, Callable[[nn.Module], Any]] = {
     "list": lambda model: list(model.parameters()),

@@ -11,8 +11,6 @@ from torch.optim import SGD, Adam, AdamW
 from gam_fused import GAM, reference
 from tests.conformance.common import (
     ALPHA,
-    BACKENDS,
-    BASES,
     CLOSE,
     CONFIGURATIONS,
     IMPLEMENTATIONS,
@@ -21,14 +19,13 @@ from tests.conformance.common import (
     Base,
     Task,
     assert_same_course,
+    backends,
+    bases,
     bits,
     course,
     plain_step,
     reference_step,
 )
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-bases = pytest.mark.parametrize("base", BASES)
 
 
 @backends
