@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.interface import Backend, TensorList, accumulation_dtype
+from gam_fused.kernels.interface import TensorList, accumulation_dtype
+from gam_fused.kernels.validating import ValidatingBackend
 
 # Elements that one thread adds up at one go on the CPU. Left to itself, PyTorch adds up a long vector in one thread or,
 # from 32768 elements on and if there are gaps between them, in as many parts as there are threads, which lets the
@@ -24,13 +25,13 @@ _BLOCK = 16 * _CHUNK
 _BATCH_BYTES = 64 * 2**20
 
 
-class ForeachBackend(Backend):
+class ForeachBackend(ValidatingBackend):
     """Multi-tensor operators made of PyTorch's own; never synchronises with the device."""
 
     name = "foreach"
 
     @staticmethod
-    def unavailable_reason() -> str | None:
+    def unavailable_reason(device: torch.device | None = None) -> str | None:
         """``None``: runs wherever PyTorch runs."""
         return None
 

@@ -56,3 +56,11 @@ def global_norm(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
         return partials[0] if partials else backend.l2_norm([])
     widest = torch.float64 if any(partial.dtype == torch.float64 for partial in partials) else torch.float32
     return torch.linalg.vector_norm(torch.stack([partial.to(tensors[0].device, widest) for partial in partials]))
+
+
+@torch.no_grad()
+def global_norm_pair(backend: Backend, first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """:func:`global_norm` of two lists, in one launch where all tensors share a device and a dtype."""
+    if len({(tensor.device, tensor.dtype) for tensor in (*first, *second)}) == 1:
+        return backend.l2_norm_pair(first, second)
+    return global_norm(backend, first), global_norm(backend, second)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.validation import validate_lists
+from gam_fused.kernels.rules import AdamWRule, SGDRule
 
 TensorList = Sequence[Tensor]
 
@@ -34,23 +34,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Backend(ABC):
-    """Multi-tensor arithmetic of a GAM step. The public operators validate; subclasses implement the ``_`` twins."""
+    """Multi-tensor arithmetic of a GAM step."""
 
     name: ClassVar[str]
 
+    fuses_base_rules: ClassVar[bool] = False
+    """Whether :meth:`sgd_step_` and :meth:`adamw_step_` exist."""
+
     @staticmethod
     @abstractmethod
-    def unavailable_reason() -> str | None:
-        """``None`` when this back end can run here, otherwise one sentence saying why not and what to do."""
+    def unavailable_reason(device: torch.device | None = None) -> str | None:
+        """``None`` when this back end can run here, otherwise one sentence saying why not and what to do.
 
+        Asked about tensors on ``device``, or whether it can run at all.
+        """
+
+    @abstractmethod
     def l2_norm(self, tensors: TensorList) -> Tensor:
         """Global 2-norm over all tensors, as a 0-d tensor of the accumulation dtype.
 
         An empty list has norm 0 (float32, CPU). The result does not depend on the number of threads.
         """
-        validate_lists(reads={"tensors": tensors}, same_shape=False)
-        return self._l2_norm(tensors)
 
+    def l2_norm_pair(self, first: TensorList, second: TensorList) -> tuple[Tensor, Tensor]:
+        """The global 2-norms of two lists of one dtype and device, as :meth:`l2_norm` gives them."""
+        return self.l2_norm(first), self.l2_norm(second)
+
+    @abstractmethod
     def perturb_(
         self,
         params: TensorList,
@@ -66,14 +76,12 @@ class Backend(ABC):
         Backups are complete before the first parameter is written. Where a norm or the quotient is not finite, the
         parameters keep their values, so that no loss is evaluated at a point that is none; backups are written as ever.
         """
-        validate_lists(writes={"params": params, "directions": directions})
-        self._perturb_(params, directions, direction_norm, grad_norm, rho, xi)
 
+    @abstractmethod
     def restore_(self, params: TensorList, backups: TensorList) -> None:
         """``params!`` ← backups, bit for bit."""
-        validate_lists(writes={"params": params}, reads={"backups": backups})
-        self._restore_(params, backups)
 
+    @abstractmethod
     def combine_(
         self,
         params: TensorList,
@@ -89,35 +97,74 @@ class Backend(ABC):
 
         ``alpha`` may be negative (a base optimizer that maximizes).
         """
-        validate_lists(writes={"params": params, "grads": grads}, reads={"backups": backups, "hvps": hvps})
-        self._combine_(params, backups, grads, hvps, adversarial_norm, rho, alpha, xi)
 
-    @abstractmethod
-    def _l2_norm(self, tensors: TensorList) -> Tensor: ...
-
-    @abstractmethod
-    def _perturb_(
-        self,
-        params: TensorList,
-        directions: TensorList,
-        direction_norm: Tensor,
-        grad_norm: Tensor,
-        rho: float,
-        xi: float,
-    ) -> None: ...
-
-    @abstractmethod
-    def _restore_(self, params: TensorList, backups: TensorList) -> None: ...
-
-    @abstractmethod
-    def _combine_(
+    def sgd_step_(
         self,
         params: TensorList,
         backups: TensorList,
         grads: TensorList,
         hvps: TensorList,
+        momentum_buffers: TensorList,
         adversarial_norm: Tensor,
+        guards: TensorList,
         rho: float,
         alpha: float,
         xi: float,
-    ) -> None: ...
+        rule: SGDRule,
+        *,
+        first_step: bool,
+        write_grads: bool = True,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Restore, combine (:meth:`combine_`) and step as ``torch.optim.SGD`` does, unless something is not finite.
+
+        ``params!`` ← θ after the step, ``momentum_buffers!`` ← after the step. Where ``adversarial_norm`` or a guard is
+        not finite, or ``found_inf`` is not 0: ``params!`` ← backups, and nothing else is written.
+
+        Args:
+            params: θ_adv.
+            backups: θ.
+            grads: g; with ``write_grads``, written: the combined gradient, divided by ``grad_scale``.
+            hvps: H(θ_adv) g_adv.
+            momentum_buffers: empty without momentum.
+            adversarial_norm: ‖g_adv‖.
+            guards: any number of 0-d tensors, as the norms are.
+            rho: ρ.
+            alpha: α; negative for a base optimizer that maximizes, which steps along the negative combined gradient.
+            xi: ξ.
+            rule: the optimizer's hyper-parameters.
+            first_step: the momentum buffers hold nothing yet.
+            write_grads: whether the combined gradient is left in ``grads``.
+            grad_scale: float32, 0-d: the combined gradient is divided by it (``torch.amp.GradScaler``).
+            found_inf: float32, 0-d: 0 where the step is to be taken.
+        """
+        raise NotImplementedError(f"back end {self.name!r} has no fused base rules.")
+
+    def adamw_step_(
+        self,
+        params: TensorList,
+        backups: TensorList,
+        grads: TensorList,
+        hvps: TensorList,
+        exp_avgs: TensorList,
+        exp_avg_sqs: TensorList,
+        max_exp_avg_sqs: TensorList,
+        state_steps: TensorList,
+        adversarial_norm: Tensor,
+        guards: TensorList,
+        rho: float,
+        alpha: float,
+        xi: float,
+        rule: AdamWRule,
+        *,
+        write_grads: bool = True,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Restore, combine and step as ``torch.optim.AdamW`` or ``Adam`` does, unless something is not finite.
+
+        As :meth:`sgd_step_`; ``exp_avgs!``, ``exp_avg_sqs!`` and, with ``amsgrad``, ``max_exp_avg_sqs!`` are the
+        optimizer's state, and ``state_steps!`` its step counts: float32, 0-d, on the parameters' device.
+        """
+        raise NotImplementedError(f"back end {self.name!r} has no fused base rules.")

@@ -48,12 +48,12 @@ def validate_lists(
     """
     writes, reads = writes or {}, reads or {}
     lists = {**writes, **reads}
-    _check_lengths(lists)
+    check_lengths(lists)
     tensors = [tensor for tensors in lists.values() for tensor in tensors]
     if not tensors:
         return
     try:
-        _check_alike(lists, same_shape)
+        check_alike(lists, same_shape)
         starts = list(map(Tensor.data_ptr, tensors))
     except (AttributeError, RuntimeError):  # not a tensor, or one without a memory of its own
         _check_strided(lists)
@@ -72,7 +72,8 @@ def _check_strided(lists: Mapping[str, Sequence[Any]]) -> None:
                 raise ValueError(f"{name}[{i}]: layout {item.layout}, expected {torch.strided}")
 
 
-def _check_lengths(lists: Mapping[str, Sequence[Tensor]]) -> None:
+def check_lengths(lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """All lists have the length of the first one."""
     first_name, first = next(iter(lists.items()))
     for name, tensors in lists.items():
         if len(tensors) != len(first):
@@ -83,8 +84,11 @@ def _check_lengths(lists: Mapping[str, Sequence[Tensor]]) -> None:
             )
 
 
-def _check_alike(lists: Mapping[str, Sequence[Tensor]], same_shape: bool) -> None:
+def check_alike(lists: Mapping[str, Sequence[Tensor]], same_shape: bool) -> None:
+    """One dtype, one device and, index by index, one shape. Reads no memory: meta and fake tensors will do."""
     first_name, first = next(iter(lists.items()))
+    if not first:
+        return
     if first[0].dtype not in _FLOATING:
         expected = "a real floating dtype (float64, float32, bfloat16 or float16)"
         raise ValueError(f"{first_name}[0]: dtype {first[0].dtype}, expected {expected}")
