@@ -64,7 +64,8 @@ class OptimizerWrapper(Optimizer):
             self._check_hyperparameters({**own_defaults, **group}, f"param group {number}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(model)}.")
-        self._kernels: Backend = kernels.resolve(backend)
+        device = next((param.device for group in base_optimizer.param_groups for param in group["params"]), None)
+        self._kernels: Backend = kernels.resolve(backend, device)
         self.model = model
         self.steps = 0
         self.metrics: dict[str, Tensor] = {}
@@ -73,8 +74,7 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer = base_optimizer
         self._complete_groups()
         self._watch_loading()
-        device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-        self.metrics["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device)
+        self.metrics["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device or "cpu")
 
     @property
     def backend(self) -> str:
@@ -202,6 +202,20 @@ class OptimizerWrapper(Optimizer):
         transaction.commit()
         self.steps += 1
         self._skipped_last = False
+
+    def _commit_fused(self, transaction: Transaction, has_stepped: Tensor | None = None) -> None:
+        """A launch has stepped in the base optimizer's place, or, if a device tensor is given, where that is true.
+
+        Then buffers follow it, without the host knowing which way. Random states go on either way: those of devices
+        could follow, those of the host could not, and both passes of a step have to see one function.
+        """
+        if has_stepped is None:
+            transaction.replay.finish()
+        else:
+            transaction.replay.finish_where(has_stepped)
+            self.metrics["skipped_steps"] += ~has_stepped.to(self.metrics["skipped_steps"].device)
+        self._running = False
+        self._commit(transaction)
 
     def _skip(self, transaction: Transaction) -> None:
         """Leave everything as it was, and count.

@@ -10,6 +10,7 @@ from rich.table import Table
 
 import gam_fused
 from gam_fused import kernels
+from gam_fused.kernels import extension
 
 
 def info() -> None:
@@ -25,6 +26,8 @@ def info() -> None:
     for name, problem in kernels.available().items():
         table.add_row(f"back end {name}", "available" if problem is None else f"not available: {problem}")
     table.add_row("back end auto", _automatic_backend())
+    for name, row in _native_build().items():
+        table.add_row(name, row)
     Console().print(table)
 
 
@@ -33,3 +36,18 @@ def _automatic_backend() -> str:
         return f"means {kernels.resolve().name} here"
     except (ValueError, RuntimeError) as error:  # the environment variable asks for what cannot be had
         return f"fails: {error}"
+
+
+def _native_build() -> dict[str, str]:
+    """What the compiled kernels were built with, or why they are missing."""
+    built = extension.build_info()
+    if built is None:
+        return {"native build": f"none: {extension.unavailable_reason()}"}
+    missing = extension.cuda_unavailable_reason()
+    return {
+        "native build": f"by {built['compiler']} against torch {built['torch']}, for torch {built['abi']} and newer",
+        "native flags": built["flags"],
+        "native CUDA": f"toolkit {built['cuda']}, for {built['architectures']}"
+        if missing is None
+        else f"none: {missing}",
+    }

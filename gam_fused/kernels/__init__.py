@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from gam_fused.kernels.foreach import ForeachBackend
 from gam_fused.kernels.interface import Backend
+from gam_fused.kernels.native import NativeBackend
 from gam_fused.kernels.reference import ReferenceBackend
 
 __all__ = ["Backend", "available", "resolve"]
@@ -16,7 +19,7 @@ __all__ = ["Backend", "available", "resolve"]
 _VARIABLE = "GAM_FUSED_BACKEND"
 
 # Fastest first: "auto" takes the first that runs here. The last one runs everywhere.
-_PREFERENCE: tuple[type[Backend], ...] = (ForeachBackend,)
+_PREFERENCE: tuple[type[Backend], ...] = (NativeBackend, ForeachBackend)
 
 # Run only when asked for by name.
 _ON_REQUEST: tuple[type[Backend], ...] = (ReferenceBackend,)
@@ -29,8 +32,8 @@ def available() -> dict[str, str | None]:
     return {name: backend.unavailable_reason() for name, backend in _INSTANCES.items()}
 
 
-def resolve(name: str = "auto") -> Backend:
-    """The back end of that name; the same object at every call.
+def resolve(name: str = "auto", device: torch.device | None = None) -> Backend:
+    """The back end of that name, for tensors on ``device`` (by default the CPU); the same object at every call.
 
     ``"auto"`` means the environment variable ``GAM_FUSED_BACKEND`` if it is set, and otherwise the fastest back end
     that runs here. A back end asked for by name, in either way, is never replaced by another one.
@@ -43,11 +46,11 @@ def resolve(name: str = "auto") -> Backend:
     if name == "auto":
         source, name = _VARIABLE, os.environ.get(_VARIABLE) or "auto"
     if name == "auto":
-        return next(_INSTANCES[cls.name] for cls in _PREFERENCE if cls.unavailable_reason() is None)
+        return next(_INSTANCES[cls.name] for cls in _PREFERENCE if cls.unavailable_reason(device) is None)
     if name not in _INSTANCES:
         known = ", ".join(repr(known) for known in ("auto", *_INSTANCES))
         raise ValueError(f"{source} must be one of {known}, got {name!r}.")
-    reason = _INSTANCES[name].unavailable_reason()
+    reason = _INSTANCES[name].unavailable_reason(device)
     if reason is not None:
         raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
     return _INSTANCES[name]

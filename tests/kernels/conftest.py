@@ -8,7 +8,7 @@ import torch
 from gam_fused import kernels
 from gam_fused.kernels import Backend
 
-BACKENDS = ("foreach", "reference")
+BACKENDS = ("native", "foreach", "reference")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

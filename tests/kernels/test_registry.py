@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from gam_fused import kernels
-from gam_fused.kernels import Backend
+from gam_fused.kernels import Backend, extension
 from gam_fused.kernels.foreach import ForeachBackend
 from gam_fused.kernels.reference import ReferenceBackend
 
@@ -17,7 +18,9 @@ def no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def foreach_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ForeachBackend, "unavailable_reason", staticmethod(lambda: "it is broken; mend it."))
+    monkeypatch.setattr(
+        ForeachBackend, "unavailable_reason", staticmethod(lambda device=None: "it is broken; mend it.")
+    )
 
 
 def test_a_name_means_its_back_end_and_always_the_same_object() -> None:
@@ -46,13 +49,42 @@ def test_auto_takes_the_first_in_order_of_preference_that_runs(monkeypatch: pyte
         name = "fastest"
 
         @staticmethod
-        def unavailable_reason() -> str | None:
+        def unavailable_reason(device: torch.device | None = None) -> str | None:
             return "not on this machine."
 
     instances: dict[str, Backend] = {cls.name: cls() for cls in (Fastest, Fast, ForeachBackend)}
     monkeypatch.setattr(kernels, "_PREFERENCE", (Fastest, Fast, ForeachBackend))
     monkeypatch.setattr(kernels, "_INSTANCES", instances)
     assert kernels.resolve() is kernels.resolve("auto") is instances["fast"]
+
+
+@pytest.fixture
+def native_everywhere_but_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: "no CUDA kernels.")
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "native"), ("cuda", "foreach"), ("xpu", "foreach")])
+def test_auto_depends_on_the_device(native_everywhere_but_cuda: None, device: str, name: str) -> None:
+    assert kernels.resolve("auto", torch.device(device)).name == name
+
+
+def test_auto_takes_native_on_cuda_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: None)
+    assert kernels.resolve("auto", torch.device("cuda")).name == "native"
+
+
+def test_auto_takes_foreach_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: "not built.")
+    assert kernels.resolve("auto").name == "foreach"
+    with pytest.raises(RuntimeError, match=r"^backend='native' cannot run here: not built\.$"):
+        kernels.resolve("native")
+
+
+def test_native_is_refused_for_a_device_it_has_no_kernels_for(native_everywhere_but_cuda: None) -> None:
+    with pytest.raises(RuntimeError, match=r"^backend='native' cannot run here: no CUDA kernels\.$"):
+        kernels.resolve("native", torch.device("cuda"))
 
 
 def test_auto_never_takes_the_reference() -> None:

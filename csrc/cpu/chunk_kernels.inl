@@ -1,0 +1,427 @@
+// The loops of chunk_kernels.h, included once per instruction set by files that define GAM_FUSED_SET (a namespace) and
+// have told the compiler which instructions it may use. No function of the standard library is called here: compiled
+// for a newer processor, it might replace the same function in other files.
+//
+// Elements are widened into blocks that stay in the first-level cache, computed there in the accumulation type by the
+// rules of update_rules.h, and rounded once on the way back. Every loop is one that compilers vectorise. Lanes are
+// added up in an order that is the same for every set.
+
+namespace gam_fused::cpu::GAM_FUSED_SET {
+
+constexpr int64_t kBlock = 1024;
+
+template <typename T>
+void load(accumulation_t<T>* __restrict block, const T* __restrict from, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+        block[i] = widen(from[i]);
+    }
+}
+
+template <typename T>
+void store(T* __restrict to, const accumulation_t<T>* __restrict block, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+        to[i] = narrow<T>(block[i]);
+    }
+}
+
+#if defined(__F16C__)
+template <>
+void load<float16>(float* __restrict block, const float16* __restrict from, int64_t size) {
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+        _mm256_storeu_ps(block + i, _mm256_cvtph_ps(halves));
+    }
+    for (; i < size; ++i) {
+        block[i] = widen(from[i]);
+    }
+}
+
+template <>
+void store<float16>(float16* __restrict to, const float* __restrict block, int64_t size) {
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8) {
+        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(block + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+    }
+    for (; i < size; ++i) {
+        to[i] = narrow<float16>(block[i]);
+    }
+}
+#endif
+
+// Elements in the accumulation type: themselves where they have it, otherwise widened into the block.
+template <typename T>
+inline __attribute__((always_inline)) const accumulation_t<T>* view(accumulation_t<T>* block, const T* from,
+                                                                    int64_t size) {
+    if constexpr (sizeof(T) == sizeof(accumulation_t<T>)) {
+        return from;
+    } else {
+        load(block, from, size);
+        return block;
+    }
+}
+
+// The same for elements that are read and written, or only written; put_back() ends it.
+template <typename T>
+inline __attribute__((always_inline)) accumulation_t<T>* editable(accumulation_t<T>* block, T* from, int64_t size,
+                                                                  bool is_read = true) {
+    if constexpr (sizeof(T) == sizeof(accumulation_t<T>)) {
+        return from;
+    } else {
+        if (is_read) {
+            load(block, from, size);
+        }
+        return block;
+    }
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void put_back(T* to, const accumulation_t<T>* block, int64_t size) {
+    if constexpr (sizeof(T) != sizeof(accumulation_t<T>)) {
+        store(to, block, size);
+    }
+}
+
+#if defined(__AVX512F__)
+typedef __m512i Line;
+inline __attribute__((always_inline)) void stream_line(void* to, const void* from) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+#elif defined(__AVX2__)
+typedef __m256i Line;
+inline __attribute__((always_inline)) void stream_line(void* to, const void* from) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+#elif defined(__SSE2__)
+typedef __m128i Line;
+inline __attribute__((always_inline)) void stream_line(void* to, const void* from) {
+    _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+#endif
+
+// Bit for bit: a copy through the accumulation type would make a signalling NaN quiet.
+void copy(void* __restrict to, const void* __restrict from, int64_t bytes, bool is_streaming) {
+    auto* target = static_cast<char*>(to);
+    const auto* source = static_cast<const char*>(from);
+#if defined(__SSE2__)
+    if (is_streaming) {
+        constexpr auto kLine = static_cast<int64_t>(sizeof(Line));
+        const auto misalignment = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % sizeof(Line));
+        const int64_t head = misalignment == 0 ? 0 : kLine - misalignment;
+        if (head + kLine <= bytes) {
+            __builtin_memcpy(target, source, static_cast<size_t>(head));
+            int64_t i = head;
+            for (; i + kLine <= bytes; i += kLine) {
+                stream_line(target + i, source + i);
+            }
+            __builtin_memcpy(target + i, source + i, static_cast<size_t>(bytes - i));
+            return;
+        }
+    }
+#endif
+    (void)is_streaming;
+    __builtin_memcpy(target, source, static_cast<size_t>(bytes));
+}
+
+// Streaming stores are ordered among themselves and everything else only by this.
+inline __attribute__((always_inline)) void finish_streaming(bool is_streaming) {
+#if defined(__SSE2__)
+    if (is_streaming) {
+        _mm_sfence();
+    }
+#endif
+    (void)is_streaming;
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void store_param(T* __restrict to, const accumulation_t<T>* __restrict block,
+                                                       int64_t size, bool is_streaming) {
+    if (!is_streaming) {
+        store(to, block, size);
+    } else if constexpr (sizeof(T) == sizeof(accumulation_t<T>)) {
+        copy(to, block, size * static_cast<int64_t>(sizeof(T)), true);
+    } else {
+        T narrowed[kBlock];
+        store(narrowed, block, size);
+        copy(to, narrowed, size * static_cast<int64_t>(sizeof(T)), true);
+    }
+}
+
+// function(begin, size) for the blocks of a chunk.
+template <typename Function>
+inline __attribute__((always_inline)) void for_each_block(int64_t size, const Function& function) {
+    for (int64_t begin = 0; begin < size; begin += kBlock) {
+        function(begin, size - begin < kBlock ? size - begin : kBlock);
+    }
+}
+
+// ---------------------------------------------------------------- norm
+
+constexpr int kLanes = 8;
+typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
+typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+// By reference: how a vector is returned depends on the instruction set.
+inline __attribute__((always_inline)) void add_squares(Lanes& sum, const double* from) {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, from, sizeof lanes);
+    sum += lanes * lanes;
+}
+
+inline __attribute__((always_inline)) void add_squares(Lanes& sum, const float* from) {
+    FloatLanes narrow_lanes;
+    __builtin_memcpy(&narrow_lanes, from, sizeof narrow_lanes);
+    const Lanes lanes = __builtin_convertvector(narrow_lanes, Lanes);
+    sum += lanes * lanes;
+}
+
+// Four accumulators of eight lanes each, so that additions need not wait for one another.
+struct SumOfSquares {
+    Lanes sums[4] = {};
+
+    template <typename A>
+    inline __attribute__((always_inline)) void add(const A* values, int64_t size) {
+        Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+            add_squares(a, values + i);
+            add_squares(b, values + i + kLanes);
+            add_squares(c, values + i + 2 * kLanes);
+            add_squares(d, values + i + 3 * kLanes);
+        }
+        for (; i < size; i += kLanes) {
+            A rest[kLanes] = {};
+            __builtin_memcpy(rest, values + i, sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes));
+            add_squares(a, rest);
+        }
+        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+    }
+
+    double total() const {
+        const Lanes lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+    }
+};
+
+template <typename T>
+double sum_of_squares_of(const T* tensor, int64_t size) {
+    SumOfSquares sum;
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        accumulation_t<T> block[kBlock];
+        sum.add(view(block, tensor + begin, block_size), block_size);
+    });
+    return sum.total();
+}
+
+double sum_of_squares(Dtype dtype, const void* tensor, int64_t size) {
+    return with_type(dtype,
+                     [&](auto type) { return sum_of_squares_of(static_cast<const decltype(type)*>(tensor), size); });
+}
+
+// ---------------------------------------------------------------- perturb and combine
+
+template <typename T>
+void perturb_of(T* __restrict param, T* __restrict direction, int64_t size, accumulation_t<T> scale, bool moves) {
+    using A = accumulation_t<T>;
+    if (!moves) {
+        copy(direction, param, size * static_cast<int64_t>(sizeof(T)), false);
+        return;
+    }
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        A theta_block[kBlock], u_block[kBlock], moved[kBlock];
+        const A* theta = view(theta_block, param + begin, block_size);
+        const A* u = view(u_block, direction + begin, block_size);
+        for (int64_t i = 0; i < block_size; ++i) {
+            moved[i] = perturbed(theta[i], u[i], scale);
+        }
+        copy(direction + begin, param + begin, block_size * static_cast<int64_t>(sizeof(T)), false);
+        store(param + begin, moved, block_size);
+    });
+}
+
+void perturb(Dtype dtype, void* param, void* direction, int64_t size, double scale, bool moves) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        perturb_of(static_cast<T*>(param), static_cast<T*>(direction), size, static_cast<accumulation_t<T>>(scale),
+                   moves);
+    });
+}
+
+template <typename T>
+void combine_of(T* __restrict grad, const T* __restrict hvp, int64_t size, accumulation_t<T> scale) {
+    using A = accumulation_t<T>;
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        A g_block[kBlock], h_block[kBlock];
+        A* __restrict g = editable(g_block, grad + begin, block_size);
+        const A* __restrict h = view(h_block, hvp + begin, block_size);
+        for (int64_t i = 0; i < block_size; ++i) {
+            g[i] = combined(g[i], h[i], scale);
+        }
+        put_back(grad + begin, g, block_size);
+    });
+}
+
+void combine(Dtype dtype, void* param, const void* backup, void* grad, const void* hvp, int64_t size, double scale,
+             bool is_streaming) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        copy(param, backup, size * static_cast<int64_t>(sizeof(T)), is_streaming);
+        combine_of(static_cast<T*>(grad), static_cast<const T*>(hvp), size, static_cast<accumulation_t<T>>(scale));
+    });
+    finish_streaming(is_streaming);
+}
+
+// The gradient that a base rule steps along, in `d`; left in `grad` as well if asked for.
+template <typename T>
+inline __attribute__((always_inline)) void combined_block(accumulation_t<T>* __restrict d, T* __restrict grad,
+                                                          const T* __restrict hvp, int64_t size,
+                                                          const Combination& combination) {
+    using A = accumulation_t<T>;
+    const A scale = static_cast<A>(combination.penalty_scale), factor = static_cast<A>(combination.factor);
+    A g_block[kBlock], h_block[kBlock];
+    const A* g = view(g_block, grad, size);
+    const A* h = view(h_block, hvp, size);
+    for (int64_t i = 0; i < size; ++i) {
+        d[i] = combined(g[i], h[i], scale) * factor;
+    }
+    if (combination.write_grads) {
+        store(grad, d, size);
+    }
+    if (combination.maximize) {
+        for (int64_t i = 0; i < size; ++i) {
+            d[i] = -d[i];
+        }
+    }
+}
+
+// ---------------------------------------------------------------- base rules
+
+// Which terms there are, known while compiling, so that loops hold no branch.
+template <bool kWeightDecay, bool kMomentum, bool kNesterov, bool kFirstStep>
+struct ConstantSGDTerms {
+    static constexpr bool weight_decay = kWeightDecay, momentum = kMomentum, nesterov = kNesterov;
+    static constexpr bool first_step = kFirstStep;
+};
+
+template <bool kWeightDecay, bool kDecoupled, bool kAmsgrad>
+struct ConstantAdamWTerms {
+    static constexpr bool weight_decay = kWeightDecay, decoupled = kDecoupled, amsgrad = kAmsgrad;
+};
+
+// function(constant terms) for terms known only now.
+template <typename Function>
+inline __attribute__((always_inline)) void with_constants(const SGDTerms& terms, const Function& function) {
+    const auto with_weight_decay = [&](auto decays) {
+        constexpr bool kDecays = decltype(decays)::weight_decay;
+        if (!terms.momentum) {
+            function(ConstantSGDTerms<kDecays, false, false, false>{});
+        } else if (terms.first_step) {
+            terms.nesterov ? function(ConstantSGDTerms<kDecays, true, true, true>{})
+                           : function(ConstantSGDTerms<kDecays, true, false, true>{});
+        } else {
+            terms.nesterov ? function(ConstantSGDTerms<kDecays, true, true, false>{})
+                           : function(ConstantSGDTerms<kDecays, true, false, false>{});
+        }
+    };
+    terms.weight_decay ? with_weight_decay(ConstantSGDTerms<true, false, false, false>{})
+                       : with_weight_decay(ConstantSGDTerms<false, false, false, false>{});
+}
+
+template <typename Function>
+inline __attribute__((always_inline)) void with_constants(const AdamWTerms& terms, const Function& function) {
+    const auto with_amsgrad = [&](auto has) {
+        constexpr bool kAmsgrad = decltype(has)::amsgrad;
+        if (!terms.weight_decay) {
+            function(ConstantAdamWTerms<false, false, kAmsgrad>{});
+        } else {
+            terms.decoupled ? function(ConstantAdamWTerms<true, true, kAmsgrad>{})
+                            : function(ConstantAdamWTerms<true, false, kAmsgrad>{});
+        }
+    };
+    terms.amsgrad ? with_amsgrad(ConstantAdamWTerms<false, false, true>{})
+                  : with_amsgrad(ConstantAdamWTerms<false, false, false>{});
+}
+
+template <typename T, typename Terms>
+void sgd_step_of(const SGDChunk& chunk, int64_t size, const SGDLaunch& launch, Terms terms) {
+    using A = accumulation_t<T>;
+    const SGD<A> sgd = {static_cast<A>(launch.sgd.lr), static_cast<A>(launch.sgd.weight_decay),
+                        static_cast<A>(launch.sgd.momentum), static_cast<A>(launch.sgd.one_minus_dampening)};
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        A d[kBlock], theta[kBlock], buffer_block[kBlock];
+        T* const buffers = Terms::momentum ? static_cast<T*>(chunk.momentum_buffer) + begin : nullptr;
+        combined_block(d, static_cast<T*>(chunk.grad) + begin, static_cast<const T*>(chunk.hvp) + begin, block_size,
+                       launch.combination);
+        load(theta, static_cast<const T*>(chunk.backup) + begin, block_size);
+        if constexpr (Terms::momentum) {
+            A* const buffer = editable(buffer_block, buffers, block_size, !Terms::first_step);
+            for (int64_t i = 0; i < block_size; ++i) {
+                sgd_step(theta[i], buffer[i], d[i], sgd, terms);
+            }
+            put_back(buffers, buffer, block_size);
+        } else {
+            A unused = 0;
+            for (int64_t i = 0; i < block_size; ++i) {
+                sgd_step(theta[i], unused, d[i], sgd, terms);
+            }
+        }
+        store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
+    });
+}
+
+void sgd_step(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch& launch) {
+    with_type(dtype, [&](auto type) {
+        with_constants(launch.terms, [&](auto terms) { sgd_step_of<decltype(type)>(chunk, size, launch, terms); });
+    });
+}
+
+template <typename T, typename Terms>
+void adamw_step_of(const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,
+                   const BiasCorrections<double>& exact_corrections, Terms terms) {
+    using A = accumulation_t<T>;
+    const AdamW<A> adamw = {static_cast<A>(launch.adamw.lr),
+                            static_cast<A>(launch.adamw.beta2),
+                            static_cast<A>(launch.adamw.one_minus_beta1),
+                            static_cast<A>(launch.adamw.one_minus_beta2),
+                            static_cast<A>(launch.adamw.eps),
+                            static_cast<A>(launch.adamw.weight_decay)};
+    const BiasCorrections<A> corrections = {static_cast<A>(exact_corrections.first),
+                                            static_cast<A>(exact_corrections.second_root)};
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        A d[kBlock], theta[kBlock], mean_block[kBlock], square_block[kBlock], largest_block[kBlock];
+        T* const means = static_cast<T*>(chunk.exp_avg) + begin;
+        T* const squares = static_cast<T*>(chunk.exp_avg_sq) + begin;
+        T* const maxima = Terms::amsgrad ? static_cast<T*>(chunk.max_exp_avg_sq) + begin : nullptr;
+        combined_block(d, static_cast<T*>(chunk.grad) + begin, static_cast<const T*>(chunk.hvp) + begin, block_size,
+                       launch.combination);
+        load(theta, static_cast<const T*>(chunk.backup) + begin, block_size);
+        A* __restrict mean = editable(mean_block, means, block_size);
+        A* __restrict square = editable(square_block, squares, block_size);
+        if constexpr (Terms::amsgrad) {
+            A* __restrict largest = editable(largest_block, maxima, block_size);
+            for (int64_t i = 0; i < block_size; ++i) {
+                adamw_step(theta[i], mean[i], square[i], largest[i], d[i], adamw, corrections, terms);
+            }
+            put_back(maxima, largest, block_size);
+        } else {
+            A unused = 0;
+            for (int64_t i = 0; i < block_size; ++i) {
+                adamw_step(theta[i], mean[i], square[i], unused, d[i], adamw, corrections, terms);
+            }
+        }
+        put_back(means, mean, block_size);
+        put_back(squares, square, block_size);
+        store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
+    });
+}
+
+void adamw_step(Dtype dtype, const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,
+                const BiasCorrections<double>& corrections) {
+    with_type(dtype, [&](auto type) {
+        with_constants(launch.terms,
+                       [&](auto terms) { adamw_step_of<decltype(type)>(chunk, size, launch, corrections, terms); });
+    });
+}
+
+}  // namespace gam_fused::cpu::GAM_FUSED_SET

@@ -1,0 +1,19 @@
+// Any processor: what the compiler may use without being told more.
+
+#include "chunk_kernels.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define GAM_FUSED_SET baseline
+#include "chunk_kernels.inl"
+
+namespace gam_fused::cpu {
+
+const ChunkKernels kBaseline = {
+    "baseline",     [] { return true; }, baseline::sum_of_squares, baseline::perturb,
+    baseline::copy, baseline::combine,   baseline::sgd_step,       baseline::adamw_step,
+};
+
+}  // namespace gam_fused::cpu

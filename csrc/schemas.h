@@ -1,0 +1,50 @@
+// The operators under torch.ops.gam_fused, as PyTorch sees them. `(a!)` marks what an operator writes.
+//
+// Lists hold tensors of one dtype and device; index i of every list belongs to one parameter. Norms are 0-d, of the
+// accumulation dtype, on the tensors' device. Everything is checked before the first byte is written (operands.h).
+
+#pragma once
+
+namespace gam_fused::schemas {
+
+// Global 2-norm; deterministic, whatever the number of threads or multiprocessors.
+constexpr const char* l2_norm = "l2_norm(Tensor[] tensors) -> Tensor";
+
+// The norms of two lists of one dtype and device in one launch.
+constexpr const char* l2_norm_pair = "l2_norm_pair(Tensor[] first, Tensor[] second) -> (Tensor, Tensor)";
+
+// params <- θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)), directions <- θ. Where a norm or the quotient is not finite, params stay.
+constexpr const char* perturb_ =
+    "perturb_(Tensor(a!)[] params, Tensor(b!)[] directions, Tensor direction_norm, Tensor grad_norm, float rho, "
+    "float xi) -> ()";
+
+// params <- backups
+constexpr const char* restore_ = "restore_(Tensor(a!)[] params, Tensor[] backups) -> ()";
+
+// params <- backups, grads <- g + α ρ / (‖g_adv‖ + ξ) · hvp
+constexpr const char* combine_ =
+    "combine_(Tensor(a!)[] params, Tensor[] backups, Tensor(b!)[] grads, Tensor[] hvps, Tensor adversarial_norm, "
+    "float rho, float alpha, float xi) -> ()";
+
+// Restore, combine and torch.optim.SGD in one launch. `momentum_buffers` is empty where momentum is 0. `guards` are
+// 0-d tensors like the norms: where one of them or `adversarial_norm` is not finite, or `found_inf` is not zero,
+// params <- backups and nothing else is written. The combined gradient is divided by `grad_scale`; it is left in
+// `grads` with `write_grads`, and not negated there by `maximize`. `lr_tensor` (0-d, like the norms) takes the place of
+// `lr`.
+constexpr const char* sgd_step_ =
+    "sgd_step_(Tensor(a!)[] params, Tensor[] backups, Tensor(b!)[] grads, Tensor[] hvps, "
+    "Tensor(c!)[] momentum_buffers, Tensor adversarial_norm, Tensor[] guards, float rho, float alpha, float xi, *, "
+    "float lr, Tensor? lr_tensor=None, float momentum=0., float dampening=0., float weight_decay=0., "
+    "bool nesterov=False, bool maximize=False, bool first_step=False, bool write_grads=True, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()";
+
+// The same with torch.optim.Adam or, with `decoupled_weight_decay`, torch.optim.AdamW. `max_exp_avg_sqs` is empty where
+// `amsgrad` is off. `state_steps` are float32 0-d tensors on the tensors' device and count up by one.
+constexpr const char* adamw_step_ =
+    "adamw_step_(Tensor(a!)[] params, Tensor[] backups, Tensor(b!)[] grads, Tensor[] hvps, Tensor(c!)[] exp_avgs, "
+    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor adversarial_norm, "
+    "Tensor[] guards, float rho, float alpha, float xi, *, float lr, Tensor? lr_tensor=None, float beta1=0.9, "
+    "float beta2=0.999, float eps=1e-8, float weight_decay=0., bool decoupled_weight_decay=True, bool amsgrad=False, "
+    "bool maximize=False, bool write_grads=True, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()";
+
+}  // namespace gam_fused::schemas

@@ -1,0 +1,85 @@
+"""The compiled extensions: whether they are there, why not, and how they were built.
+
+``gam_fused._C`` defines the operators under ``torch.ops.gam_fused`` and their CPU kernels, ``gam_fused._C_cuda`` adds
+the CUDA kernels. Importing this module loads what can be loaded and never raises: a package without native kernels is
+slower, not broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gam_fused._version import __version__
+
+# Written by setup.py beside the extensions: why those that are missing could not be built.
+_RECORD = Path(__file__).parents[1] / "_native_build.json"
+
+
+def unavailable_reason() -> str | None:
+    """``None`` when the operators and their CPU kernels are loaded, otherwise one sentence: why not, and what to do."""
+    return _CPU if isinstance(_CPU, str) else None
+
+
+def cuda_unavailable_reason() -> str | None:
+    """``None`` when the CUDA kernels are loaded (with or without a device), otherwise why not and what to do."""
+    return _CUDA if isinstance(_CUDA, str) else None
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the extensions were built by, for and with; ``None`` when there are none.
+
+    Keys: ``version`` of gam_fused, ``torch`` whose headers were used and ``abi``, the oldest release of PyTorch that
+    the extensions run beside; ``compiler`` and ``flags``; ``cuda``, the toolkit's version, and ``architectures``, both
+    ``None`` where the CUDA kernels are not loaded.
+    """
+    if isinstance(_CPU, str):
+        return None
+    info: dict[str, Any] = {**_CPU.build_info(), "cuda": None, "architectures": None}
+    if not isinstance(_CUDA, str):
+        info |= {key: _CUDA.build_info()[key] for key in ("cuda", "architectures")}
+    return info
+
+
+def _load(name: str) -> ModuleType | str:
+    """The extension, or the reason why it cannot be had."""
+    full_name = f"gam_fused.{name}"
+    if importlib.util.find_spec(full_name) is None:
+        return _not_built(name)
+    try:
+        module = importlib.import_module(full_name)
+    except Exception as error:  # undefined symbols, a missing library, operators registered twice, ...
+        return f"{full_name} does not load beside PyTorch {torch.__version__}: {error}; build gam_fused again."
+    built_for = module.build_info()["version"]
+    if built_for != __version__:
+        return f"{full_name} was built for gam_fused {built_for}, and this is {__version__}; build it again."
+    return module
+
+
+def _not_built(name: str) -> str:
+    try:
+        reason = json.loads(_RECORD.read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError):
+        reason = None
+    return reason or (
+        "gam_fused was installed without its native kernels: GAM_FUSED_NATIVE=0 was set, or this is a source tree that "
+        "nothing has built yet (`pip install -e .`)."
+    )
+
+
+def _load_cuda() -> ModuleType | str:
+    if isinstance(_CPU, str):
+        return _CPU
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA."
+    return _load("_C_cuda")
+
+
+_CPU = _load("_C")
+_CUDA = _load_cuda()

@@ -1,0 +1,94 @@
+"""``torch.ops.gam_fused``: what the extension cannot say of its operators itself.
+
+* Fake implementations, for meta and fake tensors: the checks that need no memory, and the shape of the result.
+* Version counters. A C++ operator of the stable ABI does not count its mutations, and a backward pass through a graph
+  that has saved an older value would go unnoticed. Callers below ``ADInplaceOrView`` count for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.kernels import extension
+from gam_fused.kernels.validation import check_alike, check_lengths
+
+MUTATED: dict[str, tuple[int, ...]] = {
+    "perturb_": (0, 1),
+    "restore_": (0,),
+    "combine_": (0, 2),
+    "sgd_step_": (0, 2, 4),
+    "adamw_step_": (0, 2, 4, 5, 6, 7),
+}
+"""The positions of the lists that an operator writes."""
+
+_LISTS = {
+    "perturb_": ("params", "directions"),
+    "restore_": ("params", "backups"),
+    "combine_": ("params", "backups", "grads", "hvps"),
+    "sgd_step_": ("params", "backups", "grads", "hvps"),
+    "adamw_step_": ("params", "backups", "grads", "hvps", "exp_avgs", "exp_avg_sqs"),
+}
+
+
+def _norm_like(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.empty((), dtype=torch.float32, device="cpu")
+    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.empty((), dtype=wide, device=tensors[0].device)
+
+
+def _fake_l2_norm(tensors: Sequence[Tensor]) -> Tensor:
+    check_alike({"tensors": tensors}, same_shape=False)
+    return _norm_like(tensors)
+
+
+def _fake_l2_norm_pair(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    for name, tensors in {"first": first, "second": second}.items():
+        check_alike({name: tensors}, same_shape=False)
+    return _norm_like(first or second), _norm_like(first or second)
+
+
+def _register() -> None:
+    library = torch.library.Library("gam_fused", "FRAGMENT")
+    _KEPT.append(library)
+    torch.library.register_fake("gam_fused::l2_norm", _fake_l2_norm, lib=library)
+    torch.library.register_fake("gam_fused::l2_norm_pair", _fake_l2_norm_pair, lib=library)
+    for name, positions in MUTATED.items():
+        torch.library.register_fake(f"gam_fused::{name}", _fake_mutation(name), lib=library)
+        library.impl(name, _counting(name, positions), "ADInplaceOrView", with_keyset=True)
+
+
+def _fake_mutation(name: str) -> Any:
+    def fake(*args: Any, **options: Any) -> None:
+        lists = dict(zip(_LISTS[name], args, strict=False))
+        check_lengths(lists)
+        check_alike(lists, same_shape=True)
+        # A meta tensor among others brings a call here too, which must not pass for one that has run.
+        device = args[0][0].device
+        for value in (*args[len(lists) :], *options.values()):
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, Tensor) and tensor.device != device:
+                    raise ValueError(f"{name}: a tensor on {tensor.device}, expected {device} as the lists")
+
+    return fake
+
+
+def _counting(name: str, positions: tuple[int, ...]) -> Any:
+    operator = getattr(torch.ops.gam_fused, name).default
+
+    def count_and_go_on(keyset: Any, *args: Any, **kwargs: Any) -> None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        for position in positions:
+            torch.autograd.graph.increment_version(args[position])
+
+    return count_and_go_on
+
+
+_KEPT: list[torch.library.Library] = []  # a library's registrations end with it
+if extension.unavailable_reason() is None:
+    _register()
