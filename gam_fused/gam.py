@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import arguments
+from gam_fused.base_rules import fused_step, has_fused_rule
 from gam_fused.closures import Closure, Evaluation, check_loss, differentiated, evaluate
 from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.interrupts import uninterrupted
-from gam_fused.kernels.grouping import buckets, global_norm, take
+from gam_fused.kernels.grouping import buckets, global_norm, global_norm_pair, take
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
 
@@ -200,7 +201,7 @@ class GAM(OptimizerWrapper):
         active = self._active(transaction, at_theta)
         grads = active.of(at_theta)
         grad_norm = global_norm(self._kernels, grads)
-        directions = owned(hvp(at_theta, active, grads, grad_norm), active.params)
+        directions = owned(hvp(at_theta, active, grads), active.params)
         direction_norm = global_norm(self._kernels, directions)
         # Only now, since the graph that shared these tensors is gone: the combination is written into them.
         grads = owned(grads, active.params)
@@ -211,8 +212,8 @@ class GAM(OptimizerWrapper):
         """Restore θ and let the base optimizer step along g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv."""
         active = ascent.active
         grads_adv = active.of(at_adversarial)
-        adversarial_norm = global_norm(self._kernels, grads_adv)
-        hvps = owned(hvp(at_adversarial, active, grads_adv, adversarial_norm), active.params)
+        hvps = owned(hvp(at_adversarial, active, grads_adv), active.params)
+        adversarial_norm, hvp_norm = global_norm_pair(self._kernels, grads_adv, hvps)
         self.metrics.update(
             loss=ascent.loss,
             grad_norm=ascent.grad_norm,
@@ -220,14 +221,81 @@ class GAM(OptimizerWrapper):
             adversarial_grad_norm=adversarial_norm,
             first_order_flatness=adversarial_norm * max(active.rhos, default=0.0),
         )
+        guards = [ascent.loss, at_adversarial.loss, ascent.grad_norm, ascent.norm, adversarial_norm, hvp_norm]
         with uninterrupted():
-            self._restore_and_combine(transaction, ascent, hvps, adversarial_norm)
-            # Whatever is not finite in a Hessian-vector product is not finite in the combined gradient either.
-            norms = [ascent.grad_norm, ascent.norm, adversarial_norm, global_norm(self._kernels, ascent.grads)]
-            if _all_finite([ascent.loss, at_adversarial.loss, *norms]):
-                self._step_base(transaction, active.params, ascent.grads)
-            else:
+            if not self._has_fused_rule(active):
+                self._descend_by_combining(transaction, ascent, hvps, adversarial_norm, guards)
+                return
+            overflow = active.overflow(ascent.grad_norm, hvp_norm, adversarial_norm)
+            if self._guards_on_device(active):
+                self._descend_on_device(transaction, ascent, hvps, adversarial_norm, [*guards, overflow])
+            elif not _all_finite(guards):
                 self._skip(transaction)
+            elif not _all_finite([overflow]):  # perhaps: the long way looks at every element
+                self._descend_by_combining(transaction, ascent, hvps, adversarial_norm, guards)
+            else:
+                self._fused_step(transaction, ascent, hvps, adversarial_norm, [])
+                self._commit_fused(transaction)
+
+    def _descend_by_combining(
+        self,
+        transaction: Transaction,
+        ascent: _Ascent,
+        hvps: list[Tensor],
+        adversarial_norm: Tensor,
+        guards: list[Tensor],
+    ) -> None:
+        """In two launches, for any base optimizer: restore and combine; then the base optimizer's own step."""
+        self._restore_and_combine(transaction, ascent, hvps, adversarial_norm)
+        if _all_finite([*guards, global_norm(self._kernels, ascent.grads)]):
+            self._step_base(transaction, ascent.active.params, ascent.grads)
+        else:
+            self._skip(transaction)
+
+    def _descend_on_device(
+        self,
+        transaction: Transaction,
+        ascent: _Ascent,
+        hvps: list[Tensor],
+        adversarial_norm: Tensor,
+        guards: list[Tensor],
+    ) -> None:
+        """In one launch that decides for itself whether it steps: the host never waits to learn it."""
+        device = ascent.active.params[0].device
+        is_finite = torch.stack([guard.reshape(()).to(device).isfinite() for guard in guards]).all()
+        self._fused_step(transaction, ascent, hvps, adversarial_norm, guards)
+        self._commit_fused(transaction, is_finite)
+
+    def _fused_step(
+        self,
+        transaction: Transaction,
+        ascent: _Ascent,
+        hvps: list[Tensor],
+        adversarial_norm: Tensor,
+        guards: list[Tensor],
+    ) -> None:
+        active = ascent.active
+        fused_step(
+            self._kernels,
+            self.base_optimizer,
+            active.params,
+            active.groups,
+            ascent.backups,
+            ascent.grads,
+            hvps,
+            adversarial_norm,
+            guards,
+            active.penalties,
+        )
+        transaction.forget_moves()
+
+    def _has_fused_rule(self, active: _Active) -> bool:
+        # Without a flatness term, the base optimizer's own step: GAM is then the base optimizer to the bit.
+        has_flatness = any(rho * alpha for rho, alpha, _ in active.penalties)
+        return has_flatness and has_fused_rule(self._kernels, self.base_optimizer, active.params, active.groups)
+
+    def _guards_on_device(self, active: _Active) -> bool:
+        return any(param.device.type != "cpu" for param in active.params)
 
     def _descend_by_gradient(self, transaction: Transaction, at_theta: Evaluation) -> None:
         """Let the base optimizer step along g."""
@@ -248,8 +316,8 @@ class GAM(OptimizerWrapper):
         at: Evaluation,
         active: _Active,
         vectors: list[Tensor],
-        norm: Tensor,
     ) -> list[Tensor]:
+        norm = global_norm(self._kernels, vectors)
         return finite_difference_hvp(transaction, run, active.indices, active.params, vectors, norm, self.fd_epsilon)
 
     def _restore_and_combine(
@@ -356,12 +424,23 @@ class _Active:
         ]
         return list(zip(self.rhos, alphas, self.xis, strict=True))
 
+    def overflow(self, grad_norm: Tensor, hvp_norm: Tensor, adversarial_norm: Tensor) -> Tensor:
+        """0-d: 0 where no element of g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv can overflow its dtype, else not finite.
 
-_HVP = Callable[[Evaluation, _Active, list[Tensor], Tensor], list[Tensor]]
-"""H v at the point of an evaluation, for its own gradient v of the active parameters and ‖v‖."""
+        No element of a sum is larger than the sum of the norms.
+        """
+        bounds = []
+        for (_, dtype, rho, alpha, xi), _ in buckets(self.params, self.penalties).items():
+            largest = grad_norm + abs(alpha) * rho / (adversarial_norm + xi) * hvp_norm
+            bounds.append(torch.where(largest < torch.finfo(dtype).max, 0.0, torch.inf))
+        return torch.stack(bounds).sum() if bounds else torch.zeros_like(grad_norm)
 
 
-def _exact_hvp(at: Evaluation, active: _Active, vectors: list[Tensor], norm: Tensor) -> list[Tensor]:
+_HVP = Callable[[Evaluation, _Active, list[Tensor]], list[Tensor]]
+"""H v at the point of an evaluation, for its own gradient v of the active parameters."""
+
+
+def _exact_hvp(at: Evaluation, active: _Active, vectors: list[Tensor]) -> list[Tensor]:
     return at.gradients.hvp(active.indices, vectors)
 
 

@@ -102,6 +102,14 @@ class Replay:
         self.finish_random_states()
         self._write_buffers(self._bindings_after, self._after)
 
+    def finish_where(self, condition: Tensor) -> None:
+        """As :meth:`finish`, but buffers stay as they were before the step where ``condition`` (0-d, bool) is false."""
+        self._after = [
+            after if after.shape != before.shape else torch.where(condition.to(after.device), after, before)
+            for after, before in zip(self._after, self._before, strict=True)
+        ]
+        self.finish()
+
     def finish_random_states(self) -> None:
         """As :meth:`finish`, for the random states alone."""
         for source in self._sources:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW
 
-from gam_fused import GAM, reference
+from gam_fused import GAM, kernels, reference
 from tests.conformance.common import (
     ALPHA,
     CLOSE,
@@ -113,7 +113,8 @@ def test_tensor_lr_follows_the_reference_and_is_read_anew_at_every_step(
     cls: type[torch.optim.Optimizer], backend: str
 ) -> None:
     task, twin = Task(), Task()
-    base = Base(cls, {"lr": torch.tensor(0.1)})
+    # Of the parameters' dtype: with a narrower one, PyTorch computes Adam's step sizes in that.
+    base = Base(cls, {"lr": torch.tensor(0.1, dtype=torch.float64)})
     optimizer, plain = base.gam(task.params, backend=backend), base.plain(twin.params)
     for _ in range(4):
         optimizer.step(task.loss)
@@ -207,7 +208,12 @@ def test_a_linear_loss_has_no_flatness_term(base: Base, backend: str) -> None:
         optimizer.step(lambda: param @ slope)
         twin.grad = slope.clone()
         plain.step()
-        assert bits(param.data) == bits(twin.data)
+        if kernels.resolve(
+            backend
+        ).fuses_base_rules:  # PyTorch's rule contracts into fused multiply-adds, ours does not
+            torch.testing.assert_close(param.data, twin.data, rtol=4 * torch.finfo(torch.float64).eps, atol=0)
+        else:
+            assert bits(param.data) == bits(twin.data)
 
 
 @backends
