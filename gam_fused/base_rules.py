@@ -71,7 +71,7 @@ def fused_step(
         ]
         for (_, _, rho, alpha, xi, _, is_first), at in buckets(params, keys).items():
             group = groups[at[0]]
-            state = [[base.state[params[i]].get(key) for i in at] for key in _STATE_KEYS[type(base)]]
+            state = [[base.state.get(params[i], {}).get(key) for i in at] for key in _STATE_KEYS[type(base)]]
             launch = _Launch(
                 take(params, at),
                 take(backups, at),
@@ -134,9 +134,11 @@ def _has_usable_state(base: Optimizer, param: Tensor, group: _Group) -> bool:
 
 def _complete_state(base: Optimizer, param: Tensor, group: _Group) -> bool:
     """Make what state there is none of yet, as torch does; whether a momentum buffer holds nothing yet."""
+    if type(base) is SGD and not group["momentum"]:
+        return False
     state = base.state[param]
     if type(base) is SGD:
-        if not group["momentum"] or state.get("momentum_buffer") is not None:
+        if state.get("momentum_buffer") is not None:
             return False
         state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return param.device.type == "cpu"  # see _has_usable_state

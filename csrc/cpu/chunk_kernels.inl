@@ -389,29 +389,26 @@ void adamw_step_of(const AdamWChunk& chunk, int64_t size, const AdamWLaunch& lau
     const BiasCorrections<A> corrections = {static_cast<A>(exact_corrections.first),
                                             static_cast<A>(exact_corrections.second_root)};
     for_each_block(size, [&](int64_t begin, int64_t block_size) {
-        A d[kBlock], theta[kBlock], mean_block[kBlock], square_block[kBlock], largest_block[kBlock];
+        // Blocks throughout: compilers do not vectorise this loop over three lists in memory that might overlap.
+        A d[kBlock], theta[kBlock], mean[kBlock], square[kBlock], largest[kBlock];
         T* const means = static_cast<T*>(chunk.exp_avg) + begin;
         T* const squares = static_cast<T*>(chunk.exp_avg_sq) + begin;
-        T* const maxima = Terms::amsgrad ? static_cast<T*>(chunk.max_exp_avg_sq) + begin : nullptr;
         combined_block(d, static_cast<T*>(chunk.grad) + begin, static_cast<const T*>(chunk.hvp) + begin, block_size,
                        launch.combination);
         load(theta, static_cast<const T*>(chunk.backup) + begin, block_size);
-        A* __restrict mean = editable(mean_block, means, block_size);
-        A* __restrict square = editable(square_block, squares, block_size);
+        load(mean, means, block_size);
+        load(square, squares, block_size);
         if constexpr (Terms::amsgrad) {
-            A* __restrict largest = editable(largest_block, maxima, block_size);
-            for (int64_t i = 0; i < block_size; ++i) {
-                adamw_step(theta[i], mean[i], square[i], largest[i], d[i], adamw, corrections, terms);
-            }
-            put_back(maxima, largest, block_size);
-        } else {
-            A unused = 0;
-            for (int64_t i = 0; i < block_size; ++i) {
-                adamw_step(theta[i], mean[i], square[i], unused, d[i], adamw, corrections, terms);
-            }
+            load(largest, static_cast<const T*>(chunk.max_exp_avg_sq) + begin, block_size);
         }
-        put_back(means, mean, block_size);
-        put_back(squares, square, block_size);
+        for (int64_t i = 0; i < block_size; ++i) {
+            adamw_step(theta[i], mean[i], square[i], largest[i], d[i], adamw, corrections, terms);
+        }
+        store(means, mean, block_size);
+        store(squares, square, block_size);
+        if constexpr (Terms::amsgrad) {
+            store(static_cast<T*>(chunk.max_exp_avg_sq) + begin, largest, block_size);
+        }
         store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
     });
 }

@@ -19,6 +19,7 @@ from gam_fused import kernels
 from gam_fused.cli.config import RunConfig, option
 from gam_fused.cli.history import read_csv
 from gam_fused.cli.recipes import IN_WORDS
+from gam_fused.kernels import extension
 from tests.cli.conftest import Cli
 from tests.cli.runs import SMALL, arguments
 
@@ -235,6 +236,23 @@ def test_info_names_versions_and_every_back_end(cli: Cli, monkeypatch: pytest.Mo
     assert f"torch {torch.__version__}" in text
     assert "back end good available" in text
     assert "back end bad not available: no such machine" in text
+
+
+def test_info_says_how_the_kernels_were_built_or_why_they_are_missing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"compiler": "g++ 1", "torch": "9.9", "abi": "2.10", "flags": "-O9", "cuda": "13.0", "architectures": "9.0"}
+    monkeypatch.setattr(extension, "build_info", lambda: facts)
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: None)
+    text = _plain(cli("info").out)
+    assert "native build by g++ 1 against torch 9.9, for torch 2.10 and newer" in text
+    assert "native flags -O9" in text
+    assert "native CUDA toolkit 13.0, for 9.0" in text
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: "no nvcc.")
+    assert "native CUDA none: no nvcc." in _plain(cli("info").out)
+    monkeypatch.setattr(extension, "build_info", lambda: None)
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: "no compiler.")
+    assert "native build none: no compiler." in _plain(cli("info").out)
 
 
 def test_info_reports_an_impossible_environment_variable(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
