@@ -93,7 +93,7 @@ $(BUILT): $(INSTALLED) setup.py gam_fused/_version.py $(filter csrc/%,$(CPP_SOUR
 $(CUDA_INSTALLED): Makefile constraints-dev.txt
 	@test -e $@ || $(PYTHON) -m venv --clear $(CUDA_VENV)
 	@rm -f $@
-	grep -v '^torch==' constraints-dev.txt >$(CUDA_VENV)/constraints.txt
+	grep -Ev '^(torch|triton)==' constraints-dev.txt >$(CUDA_VENV)/constraints.txt
 	$(CUDA_BIN)/python -m pip install --disable-pip-version-check -q -c $(CUDA_VENV)/constraints.txt \
 	    $(CUDA_TORCH) setuptools ninja pybind11
 	@touch $@
