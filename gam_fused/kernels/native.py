@@ -200,6 +200,9 @@ class NativeBackend(Backend):
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             present = {key: tensors for key, tensors in lists.items() if tensors or key not in optional}
             _validate(name, present, same_shape)
+            device = next(tensor.device for tensors in present.values() for tensor in tensors)
+            if (reason := self.unavailable_reason(device)) is not None:
+                raise RuntimeError(f"backend='native' cannot run on {device}: {reason}") from None
             dense = _dense(present, same_shape)
             if all(dense[key] is tensors for key, tensors in present.items()):
                 raise
