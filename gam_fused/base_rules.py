@@ -64,14 +64,20 @@ def fused_step(
         penalties: (ρ, α, ξ) of each parameter, α negative for one that maximizes.
     """
     new_state = [param for param in params if not base.state.get(param)]
+    # A launch happens in full or not at all; one that comes after it may fail all the same. So the largest goes last,
+    # and of the others the state is kept.
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
         first = [_complete_state(base, param, group) for param, group in zip(params, groups, strict=True)]
         keys = [
             (*penalty, id(group), is_first) for penalty, group, is_first in zip(penalties, groups, first, strict=True)
         ]
-        for (_, _, rho, alpha, xi, _, is_first), at in buckets(params, keys).items():
+        by_size = sorted(buckets(params, keys).items(), key=lambda item: sum(params[i].numel() for i in item[1]))
+        for number, ((_, _, rho, alpha, xi, _, is_first), at) in enumerate(by_size, start=1):
             group = groups[at[0]]
             state = [[base.state.get(params[i], {}).get(key) for i in at] for key in _STATE_KEYS[type(base)]]
+            if number < len(by_size):
+                kept += [(value, value.clone()) for values in state for value in values if value is not None]
             launch = _Launch(
                 take(params, at),
                 take(backups, at),
@@ -87,6 +93,8 @@ def fused_step(
             )
             (_sgd if type(base) is SGD else _adamw)(backend, group, launch)
     except BaseException:
+        for value, before in kept:
+            value.copy_(before)
         for param in new_state:
             base.state.pop(param, None)
         raise

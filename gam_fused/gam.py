@@ -234,6 +234,7 @@ class GAM(OptimizerWrapper):
             elif not _all_finite([overflow]):  # perhaps: the long way looks at every element
                 self._descend_by_combining(transaction, ascent, hvps, adversarial_norm, guards)
             else:
+                self._finish_replay(transaction)
                 self._fused_step(transaction, ascent, hvps, adversarial_norm, [])
                 self._commit_fused(transaction)
 
@@ -263,8 +264,11 @@ class GAM(OptimizerWrapper):
         """In one launch that decides for itself whether it steps: the host never waits to learn it."""
         device = ascent.active.params[0].device
         is_finite = torch.stack([guard.reshape(()).to(device).isfinite() for guard in guards]).all()
+        skipped_steps = self.metrics["skipped_steps"]
+        skipped_steps = skipped_steps + ~is_finite.to(skipped_steps.device)
+        self._finish_replay(transaction, is_finite)
         self._fused_step(transaction, ascent, hvps, adversarial_norm, guards)
-        self._commit_fused(transaction, is_finite)
+        self._commit_fused(transaction, skipped_steps)
 
     def _fused_step(
         self,

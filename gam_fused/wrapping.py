@@ -203,17 +203,22 @@ class OptimizerWrapper(Optimizer):
         self.steps += 1
         self._skipped_last = False
 
-    def _commit_fused(self, transaction: Transaction, has_stepped: Tensor | None = None) -> None:
-        """A launch has stepped in the base optimizer's place, or, if a device tensor is given, where that is true.
+    def _finish_replay(self, transaction: Transaction, has_stepped: Tensor | None = None) -> None:
+        """Before a launch steps in the base optimizer's place: afterwards nothing may fail.
 
-        Then buffers follow it, without the host knowing which way. Random states go on either way: those of devices
-        could follow, those of the host could not, and both passes of a step have to see one function.
+        If a device tensor is given, the launch steps where that is true, and buffers follow it without the host knowing
+        which way. Random states go on either way: those of devices could follow, those of the host could not, and both
+        passes of a step have to see one function.
         """
         if has_stepped is None:
             transaction.replay.finish()
         else:
             transaction.replay.finish_where(has_stepped)
-            self.metrics["skipped_steps"] += ~has_stepped.to(self.metrics["skipped_steps"].device)
+
+    def _commit_fused(self, transaction: Transaction, skipped_steps: Tensor | None = None) -> None:
+        """A launch has stepped, or may have: then ``skipped_steps`` is the count, on the device."""
+        if skipped_steps is not None:
+            self.metrics["skipped_steps"] = skipped_steps
         self._running = False
         self._commit(transaction)
 

@@ -1,6 +1,8 @@
 // The loops of chunk_kernels.h, included once per instruction set by files that define GAM_FUSED_SET (a namespace) and
-// have told the compiler which instructions it may use. No function of the standard library is called here: compiled
-// for a newer processor, it might replace the same function in other files.
+// have told the compiler which instructions it may use, and this file by GAM_FUSED_HAS_F16C and GAM_FUSED_STREAM_BYTES
+// (the width of a streaming store, 0 for none): g++ does not define __F16C__ and the like for a target set by a pragma.
+// No function of the standard library is called here: compiled for a newer processor, it might replace the same
+// function in other files.
 //
 // Elements are widened into blocks that stay in the first-level cache, computed there in the accumulation type by the
 // rules of update_rules.h, and rounded once on the way back. Every loop is one that compilers vectorise. Lanes are
@@ -24,7 +26,7 @@ void store(T* __restrict to, const accumulation_t<T>* __restrict block, int64_t 
     }
 }
 
-#if defined(__F16C__)
+#if defined(GAM_FUSED_HAS_F16C)
 template <>
 void load<float16>(float* __restrict block, const float16* __restrict from, int64_t size) {
     int64_t i = 0;
@@ -83,17 +85,17 @@ inline __attribute__((always_inline)) void put_back(T* to, const accumulation_t<
     }
 }
 
-#if defined(__AVX512F__)
+#if GAM_FUSED_STREAM_BYTES == 64
 typedef __m512i Line;
 inline __attribute__((always_inline)) void stream_line(void* to, const void* from) {
     _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
 }
-#elif defined(__AVX2__)
+#elif GAM_FUSED_STREAM_BYTES == 32
 typedef __m256i Line;
 inline __attribute__((always_inline)) void stream_line(void* to, const void* from) {
     _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
-#elif defined(__SSE2__)
+#elif GAM_FUSED_STREAM_BYTES == 16
 typedef __m128i Line;
 inline __attribute__((always_inline)) void stream_line(void* to, const void* from) {
     _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
@@ -104,7 +106,7 @@ inline __attribute__((always_inline)) void stream_line(void* to, const void* fro
 void copy(void* __restrict to, const void* __restrict from, int64_t bytes, bool is_streaming) {
     auto* target = static_cast<char*>(to);
     const auto* source = static_cast<const char*>(from);
-#if defined(__SSE2__)
+#if GAM_FUSED_STREAM_BYTES
     if (is_streaming) {
         constexpr auto kLine = static_cast<int64_t>(sizeof(Line));
         const auto misalignment = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % sizeof(Line));
@@ -126,12 +128,18 @@ void copy(void* __restrict to, const void* __restrict from, int64_t bytes, bool 
 
 // Streaming stores are ordered among themselves and everything else only by this.
 inline __attribute__((always_inline)) void finish_streaming(bool is_streaming) {
-#if defined(__SSE2__)
+#if GAM_FUSED_STREAM_BYTES
     if (is_streaming) {
         _mm_sfence();
     }
 #endif
     (void)is_streaming;
+}
+
+// One whole chunk.
+void copy_chunk(void* to, const void* from, int64_t bytes, bool is_streaming) {
+    copy(to, from, bytes, is_streaming);
+    finish_streaming(is_streaming);
 }
 
 template <typename T>
@@ -374,6 +382,7 @@ void sgd_step(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch&
     with_type(dtype, [&](auto type) {
         with_constants(launch.terms, [&](auto terms) { sgd_step_of<decltype(type)>(chunk, size, launch, terms); });
     });
+    finish_streaming(launch.combination.is_streaming);
 }
 
 template <typename T, typename Terms>
@@ -419,6 +428,7 @@ void adamw_step(Dtype dtype, const AdamWChunk& chunk, int64_t size, const AdamWL
         with_constants(launch.terms,
                        [&](auto terms) { adamw_step_of<decltype(type)>(chunk, size, launch, corrections, terms); });
     });
+    finish_streaming(launch.combination.is_streaming);
 }
 
 }  // namespace gam_fused::cpu::GAM_FUSED_SET

@@ -14,6 +14,8 @@
 #endif
 
 #define GAM_FUSED_SET avx2
+#define GAM_FUSED_HAS_F16C 1
+#define GAM_FUSED_STREAM_BYTES 32
 #include "chunk_kernels.inl"
 
 #if defined(__clang__)
@@ -29,7 +31,7 @@ const ChunkKernels kAVX2 = {
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); },
     avx2::sum_of_squares,
     avx2::perturb,
-    avx2::copy,
+    avx2::copy_chunk,
     avx2::combine,
     avx2::sgd_step,
     avx2::adamw_step,

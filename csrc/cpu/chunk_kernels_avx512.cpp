@@ -15,6 +15,8 @@
 #endif
 
 #define GAM_FUSED_SET avx512
+#define GAM_FUSED_HAS_F16C 1
+#define GAM_FUSED_STREAM_BYTES 64
 #include "chunk_kernels.inl"
 
 #if defined(__clang__)
@@ -33,7 +35,7 @@ const ChunkKernels kAVX512 = {
     },
     avx512::sum_of_squares,
     avx512::perturb,
-    avx512::copy,
+    avx512::copy_chunk,
     avx512::combine,
     avx512::sgd_step,
     avx512::adamw_step,

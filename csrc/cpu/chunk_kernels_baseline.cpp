@@ -7,13 +7,18 @@
 #endif
 
 #define GAM_FUSED_SET baseline
+#if defined(__SSE2__)
+#define GAM_FUSED_STREAM_BYTES 16
+#else
+#define GAM_FUSED_STREAM_BYTES 0
+#endif
 #include "chunk_kernels.inl"
 
 namespace gam_fused::cpu {
 
 const ChunkKernels kBaseline = {
-    "baseline",     [] { return true; }, baseline::sum_of_squares, baseline::perturb,
-    baseline::copy, baseline::combine,   baseline::sgd_step,       baseline::adamw_step,
+    "baseline",           [] { return true; }, baseline::sum_of_squares, baseline::perturb,
+    baseline::copy_chunk, baseline::combine,   baseline::sgd_step,       baseline::adamw_step,
 };
 
 }  // namespace gam_fused::cpu

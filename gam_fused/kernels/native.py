@@ -16,7 +16,7 @@ from torch import Tensor
 from gam_fused.kernels import extension, operators
 from gam_fused.kernels.interface import Backend, TensorList, accumulation_dtype
 from gam_fused.kernels.rules import AdamWRule, SGDRule
-from gam_fused.kernels.validation import validate_lists
+from gam_fused.kernels.validation import validate_lists, validate_steps
 
 _Lists = dict[str, TensorList]
 
@@ -200,31 +200,46 @@ class NativeBackend(Backend):
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             present = {key: tensors for key, tensors in lists.items() if tensors or key not in optional}
             _validate(name, present, same_shape)
+            if name == "adamw_step_":
+                validate_steps(numbers[0], lists["params"])
             device = next(tensor.device for tensors in present.values() for tensor in tensors)
             if (reason := self.unavailable_reason(device)) is not None:
                 raise RuntimeError(f"backend='native' cannot run on {device}: {reason}") from None
             dense = _dense(present, same_shape)
             if all(dense[key] is tensors for key, tensors in present.items()):
                 raise
-        result = _run(name, operator, [dense.get(key, tensors) for key, tensors in lists.items()], numbers, options)
-        for position in operators.MUTATED.get(name, ()):
-            for key in list(lists)[position : position + 1]:
-                for tensor, copy in zip(lists[key], dense.get(key, ()), strict=False):
+        replaced = [dense.get(key, tensors) for key, tensors in lists.items()]
+        result = _launch_below(operator, replaced, numbers, options)
+        # Backwards: backups are complete before the first parameter is written.
+        for position in reversed(operators.MUTATED.get(name, ())):
+            if position < len(replaced):
+                for tensor, copy in zip(list(lists.values())[position], replaced[position], strict=False):
                     if copy is not tensor:
                         tensor.copy_(copy)
+        _count_versions(name, list(lists.values()), numbers)
         return result
 
 
 def _run(
     name: str, operator: Callable[..., Any], lists: list[TensorList], numbers: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
+    result = _launch_below(operator, lists, numbers, options)
+    _count_versions(name, lists, numbers)
+    return result
+
+
+def _launch_below(
+    operator: Callable[..., Any], lists: list[TensorList], numbers: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        result = operator(*lists, *numbers, **options)
+        return operator(*lists, *numbers, **options)
+
+
+def _count_versions(name: str, lists: list[TensorList], numbers: tuple[Any, ...]) -> None:
     # Last: until every byte is written, versions say that none is.
     arguments = [*lists, *numbers]
     for position in operators.MUTATED.get(name, ()):
         torch.autograd.graph.increment_version(arguments[position])
-    return result
 
 
 def _validate(name: str, lists: _Lists, same_shape: bool) -> None:

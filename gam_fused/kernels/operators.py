@@ -29,9 +29,11 @@ _LISTS = {
     "perturb_": ("params", "directions"),
     "restore_": ("params", "backups"),
     "combine_": ("params", "backups", "grads", "hvps"),
-    "sgd_step_": ("params", "backups", "grads", "hvps"),
-    "adamw_step_": ("params", "backups", "grads", "hvps", "exp_avgs", "exp_avg_sqs"),
+    "sgd_step_": ("params", "backups", "grads", "hvps", "momentum_buffers"),
+    "adamw_step_": ("params", "backups", "grads", "hvps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
+
+_MAY_BE_EMPTY = ("momentum_buffers", "max_exp_avg_sqs")
 
 
 def _norm_like(tensors: Sequence[Tensor]) -> Tensor:
@@ -47,8 +49,11 @@ def _fake_l2_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _fake_l2_norm_pair(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    for name, tensors in {"first": first, "second": second}.items():
-        check_alike({name: tensors}, same_shape=False)
+    check_alike({"first": first}, same_shape=False)
+    check_alike({"second": second}, same_shape=False)
+    if first and second and (first[0].dtype, first[0].device) != (second[0].dtype, second[0].device):
+        found, expected = (f"{tensor.dtype} on {tensor.device}" for tensor in (second[0], first[0]))
+        raise ValueError(f"second[0]: {found}, expected {expected} as first[0]")
     return _norm_like(first or second), _norm_like(first or second)
 
 
@@ -63,13 +68,21 @@ def _register() -> None:
 
 
 def _fake_mutation(name: str) -> Any:
+    names = _LISTS[name]
+
     def fake(*args: Any, **options: Any) -> None:
-        lists = dict(zip(_LISTS[name], args, strict=False))
+        lists = {key: value for key, value in zip(names, args, strict=False) if value or key not in _MAY_BE_EMPTY}
         check_lengths(lists)
+        steps = lists.pop("state_steps", [])
         check_alike(lists, same_shape=True)
+        for i, step in enumerate(steps):
+            if step.dtype != torch.float32 or step.numel() != 1:
+                raise ValueError(f"state_steps[{i}]: expected a float32 tensor of one element")
+        if not lists["params"]:
+            return
         # A meta tensor among others brings a call here too, which must not pass for one that has run.
-        device = args[0][0].device
-        for value in (*args[len(lists) :], *options.values()):
+        device = lists["params"][0].device
+        for value in (steps, *args[len(names) :], *options.values()):
             for tensor in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(tensor, Tensor) and tensor.device != device:
                     raise ValueError(f"{name}: a tensor on {tensor.device}, expected {device} as the lists")

@@ -10,7 +10,7 @@ from torch import Tensor
 from gam_fused.kernels.interface import TensorList, accumulation_dtype
 from gam_fused.kernels.rules import AdamWRule, SGDRule
 from gam_fused.kernels.validating import ValidatingBackend
-from gam_fused.kernels.validation import validate_lists
+from gam_fused.kernels.validation import validate_lists, validate_steps
 
 # Fewer than the 32768 elements from which on PyTorch may split a sum among threads, which changes its last bits.
 _CHUNK = 16384
@@ -152,8 +152,7 @@ class ReferenceBackend(ValidatingBackend):
         if rule.amsgrad or max_exp_avg_sqs:
             state["max_exp_avg_sqs"] = max_exp_avg_sqs
         validate_lists(writes={"params": params, "grads": grads, **state}, reads={"backups": backups, "hvps": hvps})
-        if len(state_steps) != len(params):
-            raise ValueError(f"state_steps: {len(state_steps)} tensors, expected {len(params)} as in params")
+        validate_steps(state_steps, params)
         self._restore_(params, backups)
         if not _holds([adversarial_norm, *guards], found_inf):
             return

@@ -63,6 +63,23 @@ def validate_lists(
         _check_disjoint(lists, tensors, starts, written)
 
 
+def validate_steps(state_steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Check Adam's step counts: one float32 number for each parameter, on its device, each in memory of its own.
+
+    Raises:
+        ValueError: names the index, what was found and what was expected.
+    """
+    if len(state_steps) != len(params):
+        raise ValueError(f"state_steps: {len(state_steps)} tensors, expected {len(params)} as in params")
+    for i, (step, param) in enumerate(zip(state_steps, params, strict=True)):
+        if step.dtype != torch.float32 or step.numel() != 1:
+            found = f"dtype {step.dtype}, {step.numel()} elements"
+            raise ValueError(f"state_steps[{i}]: {found}, expected a float32 tensor of one element")
+        if step.device != param.device:
+            raise ValueError(f"state_steps[{i}]: device {step.device}, expected {param.device} as params[{i}]")
+    validate_lists(writes={"state_steps": state_steps})
+
+
 def _check_strided(lists: Mapping[str, Sequence[Any]]) -> None:
     for name, items in lists.items():
         for i, item in enumerate(items):
