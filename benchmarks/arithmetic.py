@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.shapes import Shape
 from gam_fused import kernels
 from gam_fused.kernels import Backend
-from gam_fused.kernels.interface import accumulation_dtype
+from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
 from gam_fused.kernels.reference import ReferenceBackend
-from gam_fused.kernels.rules import AdamWRule, SGDRule
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule
 
 # Learning rate and radius are so small that tensors stay what they are over thousands of launches in any order. The
 # arithmetic is the same as with any other.
@@ -180,17 +180,19 @@ class Arithmetic:
         of = self.tensors
         self.backend.combine_(of.params, of.directions, of.grads, of.hvps, adversarial_norm, RHO, ALPHA, XI)
 
-    def _sgd_step(self, adversarial_norm: Tensor, guards: Sequence[Tensor]) -> None:
+    def _descent(self, adversarial_norm: Tensor, guards: Sequence[Tensor]) -> Descent:
         of = self.tensors
-        lists = of.params, of.directions, of.grads, of.hvps, of.momentum_buffers
-        scalars = adversarial_norm, guards, RHO, ALPHA, XI
-        self.backend.sgd_step_(*lists, *scalars, SGDRule(**SGD_SETTINGS), first_step=False, write_grads=False)
+        lists = of.params, of.directions, of.grads, of.hvps
+        return Descent(*lists, adversarial_norm, RHO, ALPHA, XI, guards, write_grads=False)
+
+    def _sgd_step(self, adversarial_norm: Tensor, guards: Sequence[Tensor]) -> None:
+        descent = self._descent(adversarial_norm, guards)
+        self.backend.sgd_step_(descent, self.tensors.momentum_buffers, SGDRule(**SGD_SETTINGS))
 
     def _adamw_step(self, adversarial_norm: Tensor, guards: Sequence[Tensor]) -> None:
         of = self.tensors
-        lists = of.params, of.directions, of.grads, of.hvps, of.exp_avgs, of.exp_avg_sqs, [], of.state_steps
-        scalars = adversarial_norm, guards, RHO, ALPHA, XI
-        self.backend.adamw_step_(*lists, *scalars, AdamWRule(**ADAMW_SETTINGS), write_grads=False)
+        state = AdamWState(of.exp_avgs, of.exp_avg_sqs, [], of.state_steps)
+        self.backend.adamw_step_(self._descent(adversarial_norm, guards), state, AdamWRule(**ADAMW_SETTINGS))
 
 
 class UnfusedArithmetic(Arithmetic):
@@ -231,7 +233,7 @@ def arithmetic(name: str, tensors: Tensors) -> Arithmetic:
     """
     if name == LOOP:
         return UnfusedArithmetic(LoopBackend(), tensors, foreach=False, fused=False)
-    backend = kernels.resolve(name, tensors.device)
-    if backend.fuses_base_rules:
+    backend = kernels.resolve(name, [tensors.device])
+    if isinstance(backend, FusingBackend):
         return Arithmetic(backend, tensors)
     return UnfusedArithmetic(backend, tensors, foreach=True)

@@ -13,6 +13,7 @@
 #include "cpu/chunk_kernels.h"
 #include "cpu/parallel.h"
 #include "operands.h"
+#include "operators.h"
 #include "schemas.h"
 
 namespace gam_fused::cpu {
@@ -21,8 +22,6 @@ namespace {
 
 // Of one list; a step reads and writes several.
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
-
-using OptionalTensor = std::optional<Tensor>;
 
 // An address in the list, `begin` elements into its tensor.
 void* at(const Operands& operands, size_t list, const Chunk& chunk) {
@@ -41,10 +40,6 @@ void for_each_chunk_of(const Operands& operands, const Function& function) {
 
 double value_at(Dtype dtype, const void* scalar) {
     return dtype == Dtype::float64 ? *static_cast<const double*>(scalar) : *static_cast<const float*>(scalar);
-}
-
-double scalar_value(const Operands& operands, const char* name, const Tensor& tensor) {
-    return value_at(operands.dtype, operands.scalar(name, tensor));
 }
 
 // A rule of update_rules.h for numbers that are the same for all elements, in the lists' accumulation type.
@@ -95,14 +90,10 @@ std::tuple<Tensor, Tensor> l2_norm_pair(const TensorList& first, const TensorLis
 
 // ---------------------------------------------------------------- perturb, restore, combine
 
-void perturb_(const TensorList& params, const TensorList& directions, const Tensor& direction_norm,
-              const Tensor& grad_norm, double rho, double xi) {
-    const Operands operands({{"params", params, true}, {"directions", directions, true}});
-    if (operands.is_empty()) {
-        return;
-    }
-    const double norm_u = scalar_value(operands, "direction_norm", direction_norm);
-    const double norm_g = scalar_value(operands, "grad_norm", grad_norm);
+void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho,
+                    double xi) {
+    const double norm_u = value_at(operands.dtype, direction_norm);
+    const double norm_g = value_at(operands.dtype, grad_norm);
     const double scale = in_accumulation_type(operands.dtype, [&](auto zero) {
         using A = decltype(zero);
         return perturbation_scale<A>(A(norm_u), A(norm_g), A(rho), A(xi));
@@ -120,35 +111,26 @@ bool is_streaming(const Operands& operands) {
     return elements * static_cast<int64_t>(size_of(operands.dtype)) >= kStreamedBytes;
 }
 
-void copy_all(const Operands& operands, size_t to, size_t from) {
+// Parameters and backups are the first two lists of every launch that restores.
+void launch_restore(const Operands& operands) {
     const ChunkKernels& kernels = chunk_kernels();
     const bool streaming = is_streaming(operands);
     for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
-        kernels.copy(at(operands, to, chunk), at(operands, from, chunk),
+        kernels.copy(at(operands, 0, chunk), at(operands, 1, chunk),
                      size * static_cast<int64_t>(size_of(operands.dtype)), streaming);
     });
 }
 
-void restore_(const TensorList& params, const TensorList& backups) {
-    const Operands operands({{"params", params, true}, {"backups", backups}});
-    copy_all(operands, 0, 1);
-}
-
-double penalty_scale_of(const Operands& operands, const Tensor& adversarial_norm, double rho, double alpha, double xi) {
-    const double norm = scalar_value(operands, "adversarial_norm", adversarial_norm);
+double scale_of(const Operands& operands, const Penalty& penalty) {
     return in_accumulation_type(operands.dtype, [&](auto zero) {
         using A = decltype(zero);
-        return penalty_scale<A>(A(norm), A(rho), A(alpha), A(xi));
+        const auto norm = static_cast<A>(value_at(operands.dtype, penalty.adversarial_norm));
+        return penalty_scale<A>(norm, A(penalty.rho), A(penalty.alpha), A(penalty.xi));
     });
 }
 
-void combine_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
-              const Tensor& adversarial_norm, double rho, double alpha, double xi) {
-    const Operands operands({{"params", params, true}, {"backups", backups}, {"grads", grads, true}, {"hvps", hvps}});
-    if (operands.is_empty()) {
-        return;
-    }
-    const double scale = penalty_scale_of(operands, adversarial_norm, rho, alpha, xi);
+void launch_combine(const Operands& operands, const Penalty& penalty) {
+    const double scale = scale_of(operands, penalty);
     const bool streaming = is_streaming(operands);
     const ChunkKernels& kernels = chunk_kernels();
     for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
@@ -160,56 +142,37 @@ void combine_(const TensorList& params, const TensorList& backups, const TensorL
 // ---------------------------------------------------------------- base rules
 
 // Whether the launch steps at all; otherwise it only restores.
-bool holds(const Operands& operands, const Tensor& adversarial_norm, const TensorList& guards,
-           const OptionalTensor& found_inf) {
-    bool finite = is_finite(scalar_value(operands, "adversarial_norm", adversarial_norm));
-    for (const void* guard : operands.scalars("guards", guards)) {
+bool holds(const Operands& operands, const StepArguments& step) {
+    bool finite = is_finite(value_at(operands.dtype, step.penalty.adversarial_norm));
+    for (const void* guard : step.guards) {
         finite = is_finite(value_at(operands.dtype, guard)) && finite;
     }
-    if (found_inf) {
-        const void* const found = operands.scalar("found_inf", *found_inf, Dtype::float32);
-        finite = *static_cast<const float*>(found) == 0.0f && finite;
-    }
-    return finite;
+    return finite && (step.found_inf == nullptr || *step.found_inf == 0.0f);
 }
 
-Combination combination_of(const Operands& operands, const Tensor& adversarial_norm, double rho, double alpha,
-                           double xi, bool maximize, bool write_grads, const OptionalTensor& grad_scale) {
+Combination combination_of(const Operands& operands, const StepArguments& step) {
     double factor = 1;
-    if (grad_scale) {
-        const float scale = *static_cast<const float*>(operands.scalar("grad_scale", *grad_scale, Dtype::float32));
-        factor =
-            in_accumulation_type(operands.dtype, [&](auto one) { return decltype(one)(1) / decltype(one)(scale); });
+    if (step.grad_scale != nullptr) {
+        factor = in_accumulation_type(operands.dtype, [&](auto zero) {
+            using A = decltype(zero);
+            return A(1) / A(*step.grad_scale);
+        });
     }
-    return {penalty_scale_of(operands, adversarial_norm, rho, alpha, xi), factor, write_grads, maximize,
-            is_streaming(operands)};
+    return {scale_of(operands, step.penalty), factor, step.write_grads, step.maximize, is_streaming(operands)};
 }
 
-double learning_rate(const Operands& operands, double lr, const OptionalTensor& lr_tensor) {
-    return lr_tensor ? scalar_value(operands, "lr_tensor", *lr_tensor) : lr;
+double learning_rate(const Operands& operands, const StepArguments& step) {
+    return step.lr_tensor == nullptr ? step.lr : value_at(operands.dtype, step.lr_tensor);
 }
 
-void sgd_step_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
-               const TensorList& momentum_buffers, const Tensor& adversarial_norm, const TensorList& guards, double rho,
-               double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double momentum, double dampening,
-               double weight_decay, bool nesterov, bool maximize, bool first_step, bool write_grads,
-               const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-    const Operands operands({{"params", params, true},
-                             {"backups", backups},
-                             {"grads", grads, true},
-                             {"hvps", hvps},
-                             {"momentum_buffers", momentum_buffers, true, /*is_optional=*/momentum == 0}});
-    if (operands.is_empty()) {
+void launch_sgd_step(const Operands& operands, const StepArguments& step, const SGDArguments& sgd) {
+    if (!holds(operands, step)) {
+        launch_restore(operands);
         return;
     }
-    const SGDLaunch launch = {
-        combination_of(operands, adversarial_norm, rho, alpha, xi, maximize, write_grads, grad_scale),
-        {learning_rate(operands, lr, lr_tensor), weight_decay, momentum, 1 - dampening},
-        {weight_decay != 0, momentum != 0, nesterov, first_step}};
-    if (!holds(operands, adversarial_norm, guards, found_inf)) {
-        copy_all(operands, 0, 1);
-        return;
-    }
+    const SGDLaunch launch = {combination_of(operands, step),
+                              {learning_rate(operands, step), sgd.weight_decay, sgd.momentum, 1 - sgd.dampening},
+                              {sgd.weight_decay != 0, sgd.momentum != 0, sgd.nesterov, sgd.first_step}};
     const ChunkKernels& kernels = chunk_kernels();
     for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
         const SGDChunk addresses = {at(operands, 0, chunk), at(operands, 1, chunk), at(operands, 2, chunk),
@@ -218,36 +181,21 @@ void sgd_step_(const TensorList& params, const TensorList& backups, const Tensor
     });
 }
 
-void adamw_step_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
-                 const TensorList& exp_avgs, const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                 const TensorList& state_steps, const Tensor& adversarial_norm, const TensorList& guards, double rho,
-                 double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double beta1, double beta2,
-                 double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
-                 bool write_grads, const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-    const Operands operands({{"params", params, true},
-                             {"backups", backups},
-                             {"grads", grads, true},
-                             {"hvps", hvps},
-                             {"exp_avgs", exp_avgs, true},
-                             {"exp_avg_sqs", exp_avg_sqs, true},
-                             {"max_exp_avg_sqs", max_exp_avg_sqs, true, /*is_optional=*/!amsgrad}});
-    const Operands steps = checked_steps(state_steps, operands);
-    if (operands.is_empty()) {
+void launch_adamw_step(const Operands& operands, const std::vector<void*>& state_steps, const StepArguments& step,
+                       const AdamWArguments& adamw) {
+    if (!holds(operands, step)) {
+        launch_restore(operands);
         return;
     }
     const AdamWLaunch launch = {
-        combination_of(operands, adversarial_norm, rho, alpha, xi, maximize, write_grads, grad_scale),
-        {learning_rate(operands, lr, lr_tensor), beta2, 1 - beta1, 1 - beta2, eps, weight_decay},
-        {weight_decay != 0, decoupled_weight_decay, amsgrad}};
-    if (!holds(operands, adversarial_norm, guards, found_inf)) {
-        copy_all(operands, 0, 1);
-        return;
-    }
+        combination_of(operands, step),
+        {learning_rate(operands, step), adamw.beta2, 1 - adamw.beta1, 1 - adamw.beta2, adamw.eps, adamw.weight_decay},
+        {adamw.weight_decay != 0, adamw.decoupled_weight_decay, adamw.amsgrad}};
     std::vector<BiasCorrections<double>> corrections;
     corrections.reserve(state_steps.size());
-    for (void* const step : steps.data[0]) {
-        const double count = *static_cast<float*>(step) += 1;
-        corrections.push_back({1 - std::pow(beta1, count), std::sqrt(1 - std::pow(beta2, count))});
+    for (void* const state_step : state_steps) {
+        const double count = *static_cast<float*>(state_step) += 1;
+        corrections.push_back({1 - std::pow(adamw.beta1, count), std::sqrt(1 - std::pow(adamw.beta2, count))});
     }
     const ChunkKernels& kernels = chunk_kernels();
     for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
@@ -271,13 +219,13 @@ STABLE_TORCH_LIBRARY(gam_fused, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, library) {
+    using namespace gam_fused;
     using namespace gam_fused::cpu;
-    using gam_fused::boxed;
     library.impl("l2_norm", boxed<&l2_norm>);
     library.impl("l2_norm_pair", boxed<&l2_norm_pair>);
-    library.impl("perturb_", boxed<&perturb_>);
-    library.impl("restore_", boxed<&restore_>);
-    library.impl("combine_", boxed<&combine_>);
-    library.impl("sgd_step_", boxed<&sgd_step_>);
-    library.impl("adamw_step_", boxed<&adamw_step_>);
+    library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
+    library.impl("restore_", boxed<&restore_<&launch_restore>>);
+    library.impl("combine_", boxed<&combine_<&launch_combine>>);
+    library.impl("sgd_step_", boxed<&sgd_step_<&launch_sgd_step>>);
+    library.impl("adamw_step_", boxed<&adamw_step_<&launch_adamw_step>>);
 }

@@ -11,7 +11,6 @@
 #include <array>
 #include <atomic>
 #include <initializer_list>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -19,13 +18,13 @@
 #include "boxing.h"
 #include "cuda/launches.h"
 #include "operands.h"
+#include "operators.h"
 #include "schemas.h"
 
 namespace gam_fused::cuda {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 // Asked for once: the driver takes microseconds to answer. Two threads that both ask get the same answer.
@@ -104,108 +103,41 @@ std::tuple<Tensor, Tensor> l2_norm_pair(const TensorList& first, const TensorLis
     return {norms[0], norms[1]};
 }
 
-// ---------------------------------------------------------------- perturb, restore, combine
-
-void perturb_(const TensorList& params, const TensorList& directions, const Tensor& direction_norm,
-              const Tensor& grad_norm, double rho, double xi) {
-    const Operands operands({{"params", params, true}, {"directions", directions, true}});
-    if (operands.is_empty()) {
-        return;
-    }
-    const void* const norm_u = operands.scalar("direction_norm", direction_norm);
-    const void* const norm_g = operands.scalar("grad_norm", grad_norm);
-    const OnDevice device(operands);
-    perturb(device.target(), elements_of(operands), operands.data[0], operands.data[1], norm_u, norm_g, rho, xi);
-}
-
-void restore_(const TensorList& params, const TensorList& backups) {
-    const Operands operands({{"params", params, true}, {"backups", backups}});
-    if (operands.is_empty()) {
-        return;
-    }
-    const OnDevice device(operands);
-    restore(device.target(), elements_of(operands), operands.data[0], operands.data[1]);
-}
+// ---------------------------------------------------------------- all others, with checked arguments
 
 Restored restored_of(const Operands& operands) {
     return {operands.data[0], operands.data[1], operands.data[2], operands.data[3]};
 }
 
-void combine_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
-              const Tensor& adversarial_norm, double rho, double alpha, double xi) {
-    const Operands operands({{"params", params, true}, {"backups", backups}, {"grads", grads, true}, {"hvps", hvps}});
-    if (operands.is_empty()) {
-        return;
-    }
-    const Penalty penalty = {operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi};
+void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho,
+                    double xi) {
+    const OnDevice device(operands);
+    perturb(device.target(), elements_of(operands), operands.data[0], operands.data[1], direction_norm, grad_norm, rho,
+            xi);
+}
+
+void launch_restore(const Operands& operands) {
+    const OnDevice device(operands);
+    restore(device.target(), elements_of(operands), operands.data[0], operands.data[1]);
+}
+
+void launch_combine(const Operands& operands, const Penalty& penalty) {
     const OnDevice device(operands);
     combine(device.target(), elements_of(operands), restored_of(operands), penalty);
 }
 
-// ---------------------------------------------------------------- base rules
-
-const float* float_or_null(const Operands& operands, const char* name, const OptionalTensor& tensor) {
-    return tensor ? static_cast<const float*>(operands.scalar(name, *tensor, Dtype::float32)) : nullptr;
-}
-
-void sgd_step_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
-               const TensorList& momentum_buffers, const Tensor& adversarial_norm, const TensorList& guards, double rho,
-               double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double momentum, double dampening,
-               double weight_decay, bool nesterov, bool maximize, bool first_step, bool write_grads,
-               const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-    const Operands operands({{"params", params, true},
-                             {"backups", backups},
-                             {"grads", grads, true},
-                             {"hvps", hvps},
-                             {"momentum_buffers", momentum_buffers, true, /*is_optional=*/momentum == 0}});
-    if (operands.is_empty()) {
-        return;
-    }
-    const std::vector<const void*> guard_addresses = operands.scalars("guards", guards);
-    const StepArguments step = {{operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi},
-                                guard_addresses,
-                                float_or_null(operands, "grad_scale", grad_scale),
-                                float_or_null(operands, "found_inf", found_inf),
-                                lr_tensor ? operands.scalar("lr_tensor", *lr_tensor) : nullptr,
-                                lr,
-                                maximize,
-                                write_grads};
+void launch_sgd_step(const Operands& operands, const StepArguments& step, const SGDArguments& sgd) {
     const OnDevice device(operands);
-    sgd_step(device.target(), elements_of(operands), restored_of(operands), operands.data[4], step,
-             {momentum, dampening, weight_decay, nesterov, first_step});
+    sgd_step(device.target(), elements_of(operands), restored_of(operands), operands.data[4], step, sgd);
 }
 
-void adamw_step_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
-                 const TensorList& exp_avgs, const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                 const TensorList& state_steps, const Tensor& adversarial_norm, const TensorList& guards, double rho,
-                 double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double beta1, double beta2,
-                 double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
-                 bool write_grads, const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
-    const Operands operands({{"params", params, true},
-                             {"backups", backups},
-                             {"grads", grads, true},
-                             {"hvps", hvps},
-                             {"exp_avgs", exp_avgs, true},
-                             {"exp_avg_sqs", exp_avg_sqs, true},
-                             {"max_exp_avg_sqs", max_exp_avg_sqs, true, /*is_optional=*/!amsgrad}});
-    const Operands steps = checked_steps(state_steps, operands);
-    if (operands.is_empty()) {
-        return;
-    }
-    const std::vector<const void*> guard_addresses = operands.scalars("guards", guards);
-    const StepArguments step = {{operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi},
-                                guard_addresses,
-                                float_or_null(operands, "grad_scale", grad_scale),
-                                float_or_null(operands, "found_inf", found_inf),
-                                lr_tensor ? operands.scalar("lr_tensor", *lr_tensor) : nullptr,
-                                lr,
-                                maximize,
-                                write_grads};
-    const Addresses no_maxima;
+void launch_adamw_step(const Operands& operands, const Addresses& state_steps, const StepArguments& step,
+                       const AdamWArguments& adamw) {
+    const Addresses none;
+    const Addresses& maxima = adamw.amsgrad ? operands.data[6] : none;
     const OnDevice device(operands);
     adamw_step(device.target(), elements_of(operands), restored_of(operands),
-               {operands.data[4], operands.data[5], amsgrad ? operands.data[6] : no_maxima, steps.data[0]}, step,
-               {beta1, beta2, eps, weight_decay, decoupled_weight_decay});
+               {operands.data[4], operands.data[5], maxima, state_steps}, step, adamw);
 }
 
 }  // namespace
@@ -213,13 +145,13 @@ void adamw_step_(const TensorList& params, const TensorList& backups, const Tens
 }  // namespace gam_fused::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(gam_fused, CUDA, library) {
+    using namespace gam_fused;
     using namespace gam_fused::cuda;
-    using gam_fused::boxed;
     library.impl("l2_norm", boxed<&l2_norm>);
     library.impl("l2_norm_pair", boxed<&l2_norm_pair>);
-    library.impl("perturb_", boxed<&perturb_>);
-    library.impl("restore_", boxed<&restore_>);
-    library.impl("combine_", boxed<&combine_>);
-    library.impl("sgd_step_", boxed<&sgd_step_>);
-    library.impl("adamw_step_", boxed<&adamw_step_>);
+    library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
+    library.impl("restore_", boxed<&restore_<&launch_restore>>);
+    library.impl("combine_", boxed<&combine_<&launch_combine>>);
+    library.impl("sgd_step_", boxed<&sgd_step_<&launch_sgd_step>>);
+    library.impl("adamw_step_", boxed<&adamw_step_<&launch_adamw_step>>);
 }

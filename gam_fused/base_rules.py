@@ -6,19 +6,22 @@ combined gradient), and the state under torch's own keys, so that a step of eith
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from gam_fused.kernels.grouping import buckets, take
-from gam_fused.kernels.interface import Backend
-from gam_fused.kernels.rules import AdamWRule, SGDRule
+from gam_fused.kernels.grouping import buckets
+from gam_fused.kernels.interface import Backend, FusingBackend
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule
 
 _Group = dict[str, Any]
+_Rule = TypeVar("_Rule", SGDRule, AdamWRule)
 
 
 def has_fused_rule(backend: Backend, base: Optimizer, params: Sequence[Tensor], groups: Sequence[_Group]) -> bool:
@@ -28,7 +31,7 @@ def has_fused_rule(backend: Backend, base: Optimizer, params: Sequence[Tensor], 
     something of its own, where the step is to be differentiated, or where state is not as torch makes it.
     """
     return (
-        backend.fuses_base_rules
+        isinstance(backend, FusingBackend)
         and type(base) in _STATE_KEYS
         and not _is_listened_to(base)
         and not any(group.get("differentiable", False) for group in groups)
@@ -38,70 +41,68 @@ def has_fused_rule(backend: Backend, base: Optimizer, params: Sequence[Tensor], 
 
 @torch.no_grad()
 def fused_step(
-    backend: Backend,
+    backend: FusingBackend,
     base: Optimizer,
     params: Sequence[Tensor],
     groups: Sequence[_Group],
-    backups: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    adversarial_norm: Tensor,
-    guards: Sequence[Tensor],
     penalties: Sequence[tuple[float, float, float]],
+    descent: Callable[[list[int], float, float, float], Descent],
 ) -> None:
     """Restore, combine, and step as ``base`` does, in one launch for each param group, device and dtype.
 
+    ``.grad`` is the combined gradient afterwards, and cleared for parameters that do not step. If a launch raises, the
+    optimizer's state is as it was before; parameters are for the caller to restore.
+
     Args:
-        backend: has fused base rules.
+        backend: launches.
         base: one that :func:`has_fused_rule`.
-        params: θ_adv of the parameters to step; every other one is left alone.
+        params: the parameters to step.
         groups: the param group of each.
-        backups: θ.
-        grads: g; the combined gradient from now on, and the parameters' ``.grad``.
-        hvps: H(θ_adv) g_adv.
-        adversarial_norm: ‖g_adv‖.
-        guards: 0-d tensors; where one is not finite, the launches restore the parameters and do nothing else.
-        penalties: (ρ, α, ξ) of each parameter, α negative for one that maximizes.
+        penalties: (ρ, α, ξ) of each, α negative for one that maximizes.
+        descent: from indices of parameters, and their ρ, α and ξ, to the descent from θ_adv.
     """
-    new_state = [param for param in params if not base.state.get(param)]
-    # A launch happens in full or not at all; one that comes after it may fail all the same. So the largest goes last,
-    # and of the others the state is kept.
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
+    with _state_undone_on_failure(base, params) as keep:
         first = [_complete_state(base, param, group) for param, group in zip(params, groups, strict=True)]
         keys = [
             (*penalty, id(group), is_first) for penalty, group, is_first in zip(penalties, groups, first, strict=True)
         ]
-        by_size = sorted(buckets(params, keys).items(), key=lambda item: sum(params[i].numel() for i in item[1]))
-        for number, ((_, _, rho, alpha, xi, _, is_first), at) in enumerate(by_size, start=1):
-            group = groups[at[0]]
-            state = [[base.state.get(params[i], {}).get(key) for i in at] for key in _STATE_KEYS[type(base)]]
-            if number < len(by_size):
-                kept += [(value, value.clone()) for values in state for value in values if value is not None]
-            launch = _Launch(
-                take(params, at),
-                take(backups, at),
-                take(grads, at),
-                take(hvps, at),
-                state,
-                adversarial_norm,
-                guards,
-                rho,
-                alpha,
-                xi,
-                is_first,
-            )
-            (_sgd if type(base) is SGD else _adamw)(backend, group, launch)
-    except BaseException:
-        for value, before in kept:
-            value.copy_(before)
-        for param in new_state:
-            base.state.pop(param, None)
-        raise
+        launches = [
+            (descent(at, rho, alpha, xi), groups[at[0]], is_first)
+            for (_, _, rho, alpha, xi, _, is_first), at in buckets(params, keys).items()
+        ]
+        # A launch happens in full or not at all, but one after it may fail. So the largest is the last.
+        launches.sort(key=lambda launch: sum(param.numel() for param in launch[0].params))
+        for number, (part, group, is_first) in enumerate(launches, start=1):
+            if number < len(launches):
+                keep(part.params)
+            _launch(backend, base, group, part, first_step=is_first)
     base.zero_grad(set_to_none=True)
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
+    for part, _, _ in launches:
+        for param, grad in zip(part.params, part.grads, strict=True):
+            param.grad = grad
     base._opt_called = True  # type: ignore[attr-defined]  # what an LR scheduler built over the base looks for
+
+
+@contextmanager
+def _state_undone_on_failure(base: Optimizer, params: Sequence[Tensor]) -> Iterator[Callable[[Sequence[Tensor]], None]]:
+    """If the block raises, state is what it was: its entries, and the values of what the block has asked to keep."""
+    entries = {param: dict(base.state[param]) for param in params if param in base.state}
+    values: list[tuple[Tensor, Tensor]] = []
+
+    def keep(some: Sequence[Tensor]) -> None:
+        state = [value for param in some for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
+        values.extend((value, value.clone()) for value in state)
+
+    try:
+        yield keep
+    except BaseException:
+        for value, copy in values:
+            value.copy_(copy)
+        for param in params:
+            base.state.pop(param, None)
+            if param in entries:
+                base.state[param] = entries[param]
+        raise
 
 
 _STATE_KEYS: dict[type[Optimizer], tuple[str, ...]] = {
@@ -161,60 +162,18 @@ def _complete_state(base: Optimizer, param: Tensor, group: _Group) -> bool:
     return False
 
 
-class _Launch(NamedTuple):
-    """One param group's tensors of one device and dtype, and the numbers of the launch."""
-
-    params: list[Tensor]
-    backups: list[Tensor]
-    grads: list[Tensor]
-    hvps: list[Tensor]
-    state: list[list[Any]]
-    adversarial_norm: Tensor
-    guards: Sequence[Tensor]
-    rho: float
-    alpha: float
-    xi: float
-    is_first: bool
+def _launch(backend: FusingBackend, base: Optimizer, group: _Group, descent: Descent, *, first_step: bool) -> None:
+    state = [[base.state.get(param, {}).get(key) for param in descent.params] for key in _STATE_KEYS[type(base)]]
+    if type(base) is SGD:
+        sgd = _rule(SGDRule, group)
+        backend.sgd_step_(descent, state[0] if sgd.momentum else [], sgd, first_step=first_step)
+    else:
+        adamw = _rule(AdamWRule, group)
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = state
+        moments = AdamWState(exp_avgs, exp_avg_sqs, max_exp_avg_sqs if adamw.amsgrad else [], steps)
+        backend.adamw_step_(descent, moments, adamw)
 
 
-def _sgd(backend: Backend, group: _Group, launch: _Launch) -> None:
-    names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    rule = SGDRule(**{name: group[name] for name in names})
-    (buffers,) = launch.state
-    backend.sgd_step_(
-        launch.params,
-        launch.backups,
-        launch.grads,
-        launch.hvps,
-        buffers if rule.momentum else [],
-        launch.adversarial_norm,
-        launch.guards,
-        launch.rho,
-        launch.alpha,
-        launch.xi,
-        rule,
-        first_step=launch.is_first,
-    )
-
-
-def _adamw(backend: Backend, group: _Group, launch: _Launch) -> None:
-    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-    decoupled = bool(group["decoupled_weight_decay"])
-    rule = AdamWRule(**{name: group[name] for name in names}, decoupled_weight_decay=decoupled)
-    exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = launch.state
-    backend.adamw_step_(
-        launch.params,
-        launch.backups,
-        launch.grads,
-        launch.hvps,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs if rule.amsgrad else [],
-        steps,
-        launch.adversarial_norm,
-        launch.guards,
-        launch.rho,
-        launch.alpha,
-        launch.xi,
-        rule,
-    )
+def _rule(cls: type[_Rule], group: _Group) -> _Rule:
+    """A rule's fields have the names that they have in torch's param groups."""
+    return cls(**{field.name: group[field.name] for field in dataclasses.fields(cls)})

@@ -33,6 +33,8 @@ from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.grouping import buckets, global_norm, global_norm_pair, take
+from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.rules import Descent
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
 
@@ -59,7 +61,9 @@ class GAM(OptimizerWrapper):
     optimizer state, buffers and random states bitwise as they were. In the second case it returns normally and
     is counted in ``metrics["skipped_steps"]``; the guard is read once per step on the host, the only synchronisation.
     (A step skipped right after a skipped one lets the random states advance, so that a closure that draws its own data
-    is not given the same draw for ever.)
+    is not given the same draw for ever.) On CUDA, the fused rules of the native back end (SGD, Adam, AdamW) decide on
+    the device instead, and nothing synchronises: a step skipped there lets random states advance, leaves g in
+    ``.grad``, and zeros in optimizer state that there was none of before.
 
     Args:
         params: tensors, (name, tensor) pairs, or param groups. Groups may set ``rho``, ``alpha`` and ``xi`` as they may
@@ -222,75 +226,45 @@ class GAM(OptimizerWrapper):
             first_order_flatness=adversarial_norm * max(active.rhos, default=0.0),
         )
         guards = [ascent.loss, at_adversarial.loss, ascent.grad_norm, ascent.norm, adversarial_norm, hvp_norm]
+        landing = _Landing(active, ascent.backups, ascent.grads, hvps, adversarial_norm)
         with uninterrupted():
             if not self._has_fused_rule(active):
-                self._descend_by_combining(transaction, ascent, hvps, adversarial_norm, guards)
+                self._descend_by_combining(transaction, landing, guards)
                 return
-            overflow = active.overflow(ascent.grad_norm, hvp_norm, adversarial_norm)
-            if self._guards_on_device(active):
-                self._descend_on_device(transaction, ascent, hvps, adversarial_norm, [*guards, overflow])
-            elif not _all_finite(guards):
-                self._skip(transaction)
-            elif not _all_finite([overflow]):  # perhaps: the long way looks at every element
-                self._descend_by_combining(transaction, ascent, hvps, adversarial_norm, guards)
-            else:
+            overflow = landing.overflow(ascent.grad_norm, hvp_norm)
+            if self._guards_on_device(transaction, active):
+                self._descend_on_device(transaction, landing, [*guards, *overflow])
+            elif _all_finite([*guards, *overflow]):
                 self._finish_replay(transaction)
-                self._fused_step(transaction, ascent, hvps, adversarial_norm, [])
+                self._fused_step(transaction, landing)
                 self._commit_fused(transaction)
+            else:  # or perhaps finite after all: the long way looks at every element
+                self._descend_by_combining(transaction, landing, guards)
 
-    def _descend_by_combining(
-        self,
-        transaction: Transaction,
-        ascent: _Ascent,
-        hvps: list[Tensor],
-        adversarial_norm: Tensor,
-        guards: list[Tensor],
-    ) -> None:
+    def _descend_by_combining(self, transaction: Transaction, landing: _Landing, guards: list[Tensor]) -> None:
         """In two launches, for any base optimizer: restore and combine; then the base optimizer's own step."""
-        self._restore_and_combine(transaction, ascent, hvps, adversarial_norm)
-        if _all_finite([*guards, global_norm(self._kernels, ascent.grads)]):
-            self._step_base(transaction, ascent.active.params, ascent.grads)
+        self._restore_and_combine(transaction, landing)
+        # Whatever is not finite in a Hessian-vector product is not finite in the combined gradient either.
+        if _all_finite([*guards, global_norm(self._kernels, landing.grads)]):
+            self._step_base(transaction, landing.active.params, landing.grads)
         else:
             self._skip(transaction)
 
-    def _descend_on_device(
-        self,
-        transaction: Transaction,
-        ascent: _Ascent,
-        hvps: list[Tensor],
-        adversarial_norm: Tensor,
-        guards: list[Tensor],
-    ) -> None:
-        """In one launch that decides for itself whether it steps: the host never waits to learn it."""
-        device = ascent.active.params[0].device
-        is_finite = torch.stack([guard.reshape(()).to(device).isfinite() for guard in guards]).all()
+    def _descend_on_device(self, transaction: Transaction, landing: _Landing, guards: list[Tensor]) -> None:
+        """In launches that do nothing but restore where a guard is not finite: the host never waits to learn it."""
+        is_finite = _finite(guards)
         skipped_steps = self.metrics["skipped_steps"]
         skipped_steps = skipped_steps + ~is_finite.to(skipped_steps.device)
         self._finish_replay(transaction, is_finite)
-        self._fused_step(transaction, ascent, hvps, adversarial_norm, guards)
+        # One verdict for all launches, whatever their dtypes make of the guards.
+        self._fused_step(transaction, landing, [torch.where(is_finite, 0.0, torch.inf)])
         self._commit_fused(transaction, skipped_steps)
 
-    def _fused_step(
-        self,
-        transaction: Transaction,
-        ascent: _Ascent,
-        hvps: list[Tensor],
-        adversarial_norm: Tensor,
-        guards: list[Tensor],
-    ) -> None:
-        active = ascent.active
-        fused_step(
-            self._kernels,
-            self.base_optimizer,
-            active.params,
-            active.groups,
-            ascent.backups,
-            ascent.grads,
-            hvps,
-            adversarial_norm,
-            guards,
-            active.penalties,
-        )
+    def _fused_step(self, transaction: Transaction, landing: _Landing, guards: Sequence[Tensor] = ()) -> None:
+        assert isinstance(self._kernels, FusingBackend)  # as _has_fused_rule has found
+        active = landing.active
+        descent = partial(landing.descent, guards=guards)
+        fused_step(self._kernels, self.base_optimizer, active.params, active.groups, active.penalties, descent)
         transaction.forget_moves()
 
     def _has_fused_rule(self, active: _Active) -> bool:
@@ -298,8 +272,9 @@ class GAM(OptimizerWrapper):
         has_flatness = any(rho * alpha for rho, alpha, _ in active.penalties)
         return has_flatness and has_fused_rule(self._kernels, self.base_optimizer, active.params, active.groups)
 
-    def _guards_on_device(self, active: _Active) -> bool:
-        return any(param.device.type != "cpu" for param in active.params)
+    def _guards_on_device(self, transaction: Transaction, active: _Active) -> bool:
+        """Whether the host must not wait, and buffers can follow a decision that it does not know."""
+        return not transaction.replay.rebinds and any(param.device.type != "cpu" for param in active.params)
 
     def _descend_by_gradient(self, transaction: Transaction, at_theta: Evaluation) -> None:
         """Let the base optimizer step along g."""
@@ -324,20 +299,12 @@ class GAM(OptimizerWrapper):
         norm = global_norm(self._kernels, vectors)
         return finite_difference_hvp(transaction, run, active.indices, active.params, vectors, norm, self.fd_epsilon)
 
-    def _restore_and_combine(
-        self, transaction: Transaction, ascent: _Ascent, hvps: list[Tensor], adversarial_norm: Tensor
-    ) -> None:
-        active = ascent.active
+    def _restore_and_combine(self, transaction: Transaction, landing: _Landing) -> None:
+        active = landing.active
         for (_, _, rho, alpha, xi), at in buckets(active.params, active.penalties).items():
+            part = landing.descent(at, rho, alpha, xi)
             self._kernels.combine_(
-                take(active.params, at),
-                take(ascent.backups, at),
-                take(ascent.grads, at),
-                take(hvps, at),
-                adversarial_norm,
-                rho,
-                alpha,
-                xi,
+                part.params, part.backups, part.grads, part.hvps, part.adversarial_norm, rho, alpha, xi
             )
         transaction.forget_moves()
 
@@ -428,17 +395,6 @@ class _Active:
         ]
         return list(zip(self.rhos, alphas, self.xis, strict=True))
 
-    def overflow(self, grad_norm: Tensor, hvp_norm: Tensor, adversarial_norm: Tensor) -> Tensor:
-        """0-d: 0 where no element of g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv can overflow its dtype, else not finite.
-
-        No element of a sum is larger than the sum of the norms.
-        """
-        bounds = []
-        for (_, dtype, rho, alpha, xi), _ in buckets(self.params, self.penalties).items():
-            largest = grad_norm + abs(alpha) * rho / (adversarial_norm + xi) * hvp_norm
-            bounds.append(torch.where(largest < torch.finfo(dtype).max, 0.0, torch.inf))
-        return torch.stack(bounds).sum() if bounds else torch.zeros_like(grad_norm)
-
 
 _HVP = Callable[[Evaluation, _Active, list[Tensor]], list[Tensor]]
 """H v at the point of an evaluation, for its own gradient v of the active parameters."""
@@ -460,7 +416,53 @@ class _Ascent:
     norm: Tensor
 
 
+@dataclass
+class _Landing:
+    """What is left to do once both points have been differentiated: restore, combine, step."""
+
+    active: _Active
+    backups: list[Tensor]
+    grads: list[Tensor]
+    hvps: list[Tensor]
+    adversarial_norm: Tensor
+
+    def descent(self, at: list[int], rho: float, alpha: float, xi: float, guards: Sequence[Tensor] = ()) -> Descent:
+        """That of the parameters at these indices."""
+        lists = (take(tensors, at) for tensors in (self.active.params, self.backups, self.grads, self.hvps))
+        params, backups, grads, hvps = lists
+        return Descent(params, backups, grads, hvps, self.adversarial_norm, rho, alpha, xi, guards)
+
+    def overflow(self, grad_norm: Tensor, hvp_norm: Tensor) -> list[Tensor]:
+        """0-d tensors, not finite where g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv may overflow its dtype.
+
+        No element of the sum is larger than the sum of the norms. In float16, norms of gradients that are well in range
+        may not be: there the largest elements are looked for.
+        """
+        limits = []
+        for (_, dtype, rho, alpha, xi), at in buckets(self.active.params, self.active.penalties).items():
+            norm = self.adversarial_norm.to(accumulation_dtype(dtype))  # as a launch is given it
+            g, h = grad_norm, hvp_norm
+            if dtype == torch.float16:
+                g, h = (_largest(take(tensors, at)).to(norm.device) for tensors in (self.grads, self.hvps))
+            bound = g + abs(alpha) * rho / (norm + xi) * h
+            limits += [norm, torch.where(bound < torch.finfo(dtype).max, 0.0, torch.inf)]
+        return limits
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude, as float32."""
+    with_elements = [tensor for tensor in tensors if tensor.numel()]
+    if not with_elements:
+        return torch.zeros((), dtype=torch.float32, device=tensors[0].device)
+    return torch.stack(torch._foreach_norm(with_elements, torch.inf)).max().float()
+
+
+def _finite(values: Sequence[Tensor]) -> Tensor:
+    """Whether all of them are: 0-d, on the first one's device."""
+    device = values[0].device
+    return torch.stack([torch.isfinite(value).reshape(()).to(device) for value in values]).all()
+
+
 def _all_finite(values: Sequence[Tensor]) -> bool:
     """The guard: one read on the host."""
-    device = values[0].device
-    return bool(torch.stack([torch.isfinite(value).reshape(()).to(device) for value in values]).all())
+    return bool(_finite(values))

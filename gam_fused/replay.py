@@ -102,10 +102,24 @@ class Replay:
         self.finish_random_states()
         self._write_buffers(self._bindings_after, self._after)
 
+    @property
+    def rebinds(self) -> bool:
+        """Whether the first pass has bound other tensors to buffers' names, or resized a buffer."""
+        # Values of buffers tell nothing here, and tensors do not compare to one truth.
+        bound = [
+            [(module, name, id(buffer)) for module, buffers in bindings for name, buffer in buffers.items()]
+            for bindings in (self._bindings, self._bindings_after)
+        ]
+        shapes = [[tensor.shape for tensor in tensors] for tensors in (self._before, self._after)]
+        return bound[0] != bound[1] or shapes[0] != shapes[1]
+
     def finish_where(self, condition: Tensor) -> None:
-        """As :meth:`finish`, but buffers stay as they were before the step where ``condition`` (0-d, bool) is false."""
+        """As :meth:`finish`, but buffers stay as they were before the step where ``condition`` (0-d, bool) is false.
+
+        Not for a pass that :attr:`rebinds`: the host has to know what a name stands for.
+        """
         self._after = [
-            after if after.shape != before.shape else torch.where(condition.to(after.device), after, before)
+            torch.where(condition.to(after.device), after, before)
             for after, before in zip(self._after, self._before, strict=True)
         ]
         self.finish()

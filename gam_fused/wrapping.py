@@ -64,8 +64,8 @@ class OptimizerWrapper(Optimizer):
             self._check_hyperparameters({**own_defaults, **group}, f"param group {number}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(model)}.")
-        device = next((param.device for group in base_optimizer.param_groups for param in group["params"]), None)
-        self._kernels: Backend = kernels.resolve(backend, device)
+        self._wanted_backend = backend
+        self._kernels: Backend = kernels.resolve(backend, _devices(base_optimizer.param_groups))
         self.model = model
         self.steps = 0
         self.metrics: dict[str, Tensor] = {}
@@ -74,7 +74,8 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer = base_optimizer
         self._complete_groups()
         self._watch_loading()
-        self.metrics["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device or "cpu")
+        self.metrics["skipped_steps"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._follow_devices()
 
     @property
     def backend(self) -> str:
@@ -139,6 +140,7 @@ class OptimizerWrapper(Optimizer):
     def _check_ready(self) -> None:
         """Raise if a step cannot begin: a schedule may have broken a hyper-parameter since the last one."""
         self._complete_groups()
+        self._follow_devices()
         for number, group in enumerate(self.param_groups):
             self._check_hyperparameters(group, f"param group {number}")
             for index, param in enumerate(group["params"]):
@@ -155,6 +157,13 @@ class OptimizerWrapper(Optimizer):
                     f"{type(self).__name__} does not average gradients over processes yet, and torch.distributed runs "
                     f"{world} of them: replicas would drift apart. Train in one process."
                 )
+
+    def _follow_devices(self) -> None:
+        """Parameters may be moved, or groups added, after the optimizer was made."""
+        devices = _devices(self.param_groups)
+        self._kernels = kernels.resolve(self._wanted_backend, devices)
+        if devices:
+            self.metrics["skipped_steps"] = self.metrics["skipped_steps"].to(devices[0])
 
     def _refuse_while_running(self, what: str) -> None:
         if self._running:
@@ -279,16 +288,22 @@ class OptimizerWrapper(Optimizer):
         # Like torch's own optimizers, without hooks; a back end is found again by name.
         # Nor with `step`, which LR schedulers replace by a function that steps this very object.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "step"}
-        return {**state, "backend": self.backend, "_skipped_last": self._skipped_last}
+        return {**state, "backend": self._wanted_backend, "_skipped_last": self._skipped_last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._kernels = kernels.resolve(state.pop("backend"))
+        self._wanted_backend = state.pop("backend")
+        self._kernels = kernels.resolve(self._wanted_backend)  # for now; where parameters are, a step looks
         super().__setstate__(state)
         self._watch_loading()
 
     def __repr__(self) -> str:
         header = f"{type(self).__name__} around {type(self.base_optimizer).__name__}, back end {self.backend}"
         return super().__repr__().replace(type(self).__name__, header, 1)
+
+
+def _devices(groups: Iterable[dict[str, Any]]) -> list[torch.device]:
+    """Of all parameters, each once, the first one's first."""
+    return list(dict.fromkeys(param.device for group in groups for param in group["params"]))
 
 
 def _keep_hyperparameters(keys: Iterable[str], base_optimizer: Optimizer, state_dict: StateDict) -> StateDict:

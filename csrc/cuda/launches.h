@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../dtype.h"
+#include "../step_arguments.h"
 
 struct CUstream_st;
 
@@ -56,51 +57,16 @@ struct Restored {
     const Addresses& hvps;
 };
 
-// α ρ / (‖g_adv‖ + ξ), the factor of the Hessian-vector product.
-struct Penalty {
-    const void* adversarial_norm;
-    double rho;
-    double alpha;
-    double xi;
-};
-
 void combine(const Target& target, const Elements& elements, const Restored& lists, const Penalty& penalty);
 
 // ---------------------------------------------------------------- fused steps
 
+// Of one step; more raise.
 constexpr int kMaxGuards = 16;
-
-// What fused steps have in common, as schemas.h describes it. Pointers may be null where it says `Tensor?`.
-struct StepArguments {
-    Penalty penalty;
-    const std::vector<const void*>& guards;  // at most kMaxGuards
-    const float* grad_scale;
-    const float* found_inf;
-    const void* lr_tensor;
-    double lr;
-    bool maximize;
-    bool write_grads;
-};
-
-struct SGDArguments {
-    double momentum;
-    double dampening;
-    double weight_decay;
-    bool nesterov;
-    bool first_step;
-};
 
 // `momentum_buffers` is empty where momentum is 0.
 void sgd_step(const Target& target, const Elements& elements, const Restored& lists, const Addresses& momentum_buffers,
               const StepArguments& step, const SGDArguments& sgd);
-
-struct AdamWArguments {
-    double beta1;
-    double beta2;
-    double eps;
-    double weight_decay;
-    bool decoupled_weight_decay;
-};
 
 // `max_exp_avg_sqs` is empty where `amsgrad` is off.
 struct AdamWState {

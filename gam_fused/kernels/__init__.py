@@ -6,6 +6,7 @@ A back end is one file with a subclass of :class:`~gam_fused.kernels.interface.B
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -32,8 +33,8 @@ def available() -> dict[str, str | None]:
     return {name: backend.unavailable_reason() for name, backend in _INSTANCES.items()}
 
 
-def resolve(name: str = "auto", device: torch.device | None = None) -> Backend:
-    """The back end of that name, for tensors on ``device`` (by default the CPU); the same object at every call.
+def resolve(name: str = "auto", devices: Iterable[torch.device] = ()) -> Backend:
+    """The back end of that name, for tensors on all of these devices; the same object at every call.
 
     ``"auto"`` means the environment variable ``GAM_FUSED_BACKEND`` if it is set, and otherwise the fastest back end
     that runs here. A back end asked for by name, in either way, is never replaced by another one.
@@ -42,15 +43,22 @@ def resolve(name: str = "auto", device: torch.device | None = None) -> Backend:
         ValueError: there is no back end of that name.
         RuntimeError: the back end cannot run here; the message says why.
     """
+    where = list(devices)
     source = "backend"
     if name == "auto":
         source, name = _VARIABLE, os.environ.get(_VARIABLE) or "auto"
     if name == "auto":
-        return next(_INSTANCES[cls.name] for cls in _PREFERENCE if cls.unavailable_reason(device) is None)
+        return next(_INSTANCES[cls.name] for cls in _PREFERENCE if _reason(cls, where) is None)
     if name not in _INSTANCES:
         known = ", ".join(repr(known) for known in ("auto", *_INSTANCES))
         raise ValueError(f"{source} must be one of {known}, got {name!r}.")
-    reason = _INSTANCES[name].unavailable_reason(device)
+    reason = _reason(type(_INSTANCES[name]), where)
     if reason is not None:
         raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
     return _INSTANCES[name]
+
+
+def _reason(cls: type[Backend], devices: Sequence[torch.device]) -> str | None:
+    """Why a back end cannot run on all of the devices; of none, why it cannot run at all."""
+    reasons = map(cls.unavailable_reason, devices) if devices else iter([cls.unavailable_reason()])
+    return next((reason for reason in reasons if reason is not None), None)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.interface import TensorList, accumulation_dtype
-from gam_fused.kernels.validating import ValidatingBackend
+from gam_fused.kernels.interface import Backend, accumulation_dtype
+from gam_fused.kernels.rules import TensorList
+from gam_fused.kernels.validation import checked
 
 # Elements that one thread adds up at one go on the CPU. Left to itself, PyTorch adds up a long vector in one thread or,
 # from 32768 elements on and if there are gaps between them, in as many parts as there are threads, which lets the
@@ -25,7 +26,7 @@ _BLOCK = 16 * _CHUNK
 _BATCH_BYTES = 64 * 2**20
 
 
-class ForeachBackend(ValidatingBackend):
+class ForeachBackend(Backend):
     """Multi-tensor operators made of PyTorch's own; never synchronises with the device."""
 
     name = "foreach"
@@ -35,8 +36,10 @@ class ForeachBackend(ValidatingBackend):
         """``None``: runs wherever PyTorch runs."""
         return None
 
+    @checked(reads=["tensors"], same_shape=False)
     @torch.no_grad()
-    def _l2_norm(self, tensors: TensorList) -> Tensor:
+    def l2_norm(self, tensors: TensorList) -> Tensor:
+        """See :meth:`Backend.l2_norm`."""
         if not tensors:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         wide = accumulation_dtype(tensors[0].dtype)
@@ -52,8 +55,9 @@ class ForeachBackend(ValidatingBackend):
             norms = _chunk_norms(norms, wide)
         return torch.linalg.vector_norm(norms)
 
+    @checked(writes=["params", "directions"])
     @torch.no_grad()
-    def _perturb_(
+    def perturb_(
         self,
         params: TensorList,
         directions: TensorList,
@@ -62,6 +66,7 @@ class ForeachBackend(ValidatingBackend):
         rho: float,
         xi: float,
     ) -> None:
+        """See :meth:`Backend.perturb_`."""
         if not params:
             return
         wide = accumulation_dtype(params[0].dtype)
@@ -82,13 +87,15 @@ class ForeachBackend(ValidatingBackend):
         torch._foreach_copy_(list(directions), list(params))
         torch._foreach_copy_(list(params), adversarial)
 
+    @checked(writes=["params"], reads=["backups"])
     @torch.no_grad()
-    def _restore_(self, params: TensorList, backups: TensorList) -> None:
-        if params:
-            torch._foreach_copy_(list(params), list(backups))
+    def restore_(self, params: TensorList, backups: TensorList) -> None:
+        """See :meth:`Backend.restore_`."""
+        _copy(params, backups)
 
+    @checked(writes=["params", "grads"], reads=["backups", "hvps"])
     @torch.no_grad()
-    def _combine_(
+    def combine_(
         self,
         params: TensorList,
         backups: TensorList,
@@ -99,9 +106,10 @@ class ForeachBackend(ValidatingBackend):
         alpha: float,
         xi: float,
     ) -> None:
+        """See :meth:`Backend.combine_`."""
         if not params:
             return
-        self._restore_(params, backups)
+        _copy(params, backups)
         wide = accumulation_dtype(params[0].dtype)
         scale = alpha * rho / (_scalar(adversarial_norm, params) + xi)
         for batch in _batches(grads):
@@ -110,6 +118,11 @@ class ForeachBackend(ValidatingBackend):
             torch._foreach_add_(combined, penalty)
             if wide != grads[0].dtype:
                 torch._foreach_copy_(list(grads[batch]), combined)
+
+
+def _copy(to: TensorList, tensors: TensorList) -> None:
+    if to:
+        torch._foreach_copy_(list(to), list(tensors))
 
 
 def _scalar(norm: Tensor, tensors: TensorList) -> Tensor:

@@ -17,15 +17,12 @@ holds a sparse or complex tensor, raises ``ValueError`` naming the list and the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.rules import AdamWRule, SGDRule
-
-TensorList = Sequence[Tensor]
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,9 +34,6 @@ class Backend(ABC):
     """Multi-tensor arithmetic of a GAM step."""
 
     name: ClassVar[str]
-
-    fuses_base_rules: ClassVar[bool] = False
-    """Whether :meth:`sgd_step_` and :meth:`adamw_step_` exist."""
 
     @staticmethod
     @abstractmethod
@@ -98,73 +92,23 @@ class Backend(ABC):
         ``alpha`` may be negative (a base optimizer that maximizes).
         """
 
+
+class FusingBackend(Backend):
+    """A back end that restores, combines and steps as a base optimizer does in one launch.
+
+    Where ``adversarial_norm`` or a guard is not finite, or ``found_inf`` is not 0, a step restores the parameters and
+    writes nothing else.
+    """
+
+    @abstractmethod
     def sgd_step_(
-        self,
-        params: TensorList,
-        backups: TensorList,
-        grads: TensorList,
-        hvps: TensorList,
-        momentum_buffers: TensorList,
-        adversarial_norm: Tensor,
-        guards: TensorList,
-        rho: float,
-        alpha: float,
-        xi: float,
-        rule: SGDRule,
-        *,
-        first_step: bool,
-        write_grads: bool = True,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        self, descent: Descent, momentum_buffers: TensorList, rule: SGDRule, *, first_step: bool = False
     ) -> None:
-        """Restore, combine (:meth:`combine_`) and step as ``torch.optim.SGD`` does, unless something is not finite.
+        """Restore, combine (:meth:`combine_`) and step as ``torch.optim.SGD`` does.
 
-        ``params!`` ← θ after the step, ``momentum_buffers!`` ← after the step. Where ``adversarial_norm`` or a guard is
-        not finite, or ``found_inf`` is not 0: ``params!`` ← backups, and nothing else is written.
-
-        Args:
-            params: θ_adv.
-            backups: θ.
-            grads: g; with ``write_grads``, written: the combined gradient, divided by ``grad_scale``.
-            hvps: H(θ_adv) g_adv.
-            momentum_buffers: empty without momentum.
-            adversarial_norm: ‖g_adv‖.
-            guards: any number of 0-d tensors, as the norms are.
-            rho: ρ.
-            alpha: α; negative for a base optimizer that maximizes, which steps along the negative combined gradient.
-            xi: ξ.
-            rule: the optimizer's hyper-parameters.
-            first_step: the momentum buffers hold nothing yet.
-            write_grads: whether the combined gradient is left in ``grads``.
-            grad_scale: float32, 0-d: the combined gradient is divided by it (``torch.amp.GradScaler``).
-            found_inf: float32, 0-d: 0 where the step is to be taken.
+        ``momentum_buffers!`` is empty without momentum; with ``first_step`` they hold nothing yet.
         """
-        raise NotImplementedError(f"back end {self.name!r} has no fused base rules.")
 
-    def adamw_step_(
-        self,
-        params: TensorList,
-        backups: TensorList,
-        grads: TensorList,
-        hvps: TensorList,
-        exp_avgs: TensorList,
-        exp_avg_sqs: TensorList,
-        max_exp_avg_sqs: TensorList,
-        state_steps: TensorList,
-        adversarial_norm: Tensor,
-        guards: TensorList,
-        rho: float,
-        alpha: float,
-        xi: float,
-        rule: AdamWRule,
-        *,
-        write_grads: bool = True,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Restore, combine and step as ``torch.optim.AdamW`` or ``Adam`` does, unless something is not finite.
-
-        As :meth:`sgd_step_`; ``exp_avgs!``, ``exp_avg_sqs!`` and, with ``amsgrad``, ``max_exp_avg_sqs!`` are the
-        optimizer's state, and ``state_steps!`` its step counts: float32, 0-d, on the parameters' device.
-        """
-        raise NotImplementedError(f"back end {self.name!r} has no fused base rules.")
+    @abstractmethod
+    def adamw_step_(self, descent: Descent, state: AdamWState, rule: AdamWRule) -> None:
+        """Restore, combine and step as ``torch.optim.AdamW`` or ``Adam`` does. ``state!`` is the optimizer's."""

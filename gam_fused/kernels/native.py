@@ -1,4 +1,4 @@
-"""The arithmetic in compiled kernels: one launch per operator, whatever the number of tensors.
+"""The arithmetic in compiled kernels: one call per operator, whatever the number of tensors.
 
 The operators check their lists in C++ and want tensors of equal index laid out alike, without gaps. Only where they
 refuse does this module look closer: it raises the interface's own error if there is one to raise, and otherwise hands
@@ -7,25 +7,24 @@ over dense copies of the tensors in question and copies the results back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gam_fused.kernels import extension, operators
-from gam_fused.kernels.interface import Backend, TensorList, accumulation_dtype
-from gam_fused.kernels.rules import AdamWRule, SGDRule
+from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
 from gam_fused.kernels.validation import validate_lists, validate_steps
 
-_Lists = dict[str, TensorList]
+_Lists = Mapping[str, TensorList]
 
 
-class NativeBackend(Backend):
+class NativeBackend(FusingBackend):
     """Compiled multi-tensor operators, on the CPU and on CUDA devices; never synchronises with the device."""
 
     name = "native"
-    fuses_base_rules = True
 
     @staticmethod
     def unavailable_reason(device: torch.device | None = None) -> str | None:
@@ -42,14 +41,14 @@ class NativeBackend(Backend):
         """See :meth:`Backend.l2_norm`."""
         if not tensors:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        return self._launch("l2_norm", {"tensors": tensors}, (), same_shape=False)
+        return self._launch("l2_norm", {"tensors": tensors})
 
     @torch.no_grad()
     def l2_norm_pair(self, first: TensorList, second: TensorList) -> tuple[Tensor, Tensor]:
         """See :meth:`Backend.l2_norm_pair`; in one launch."""
         if not first or not second:
             return self.l2_norm(first), self.l2_norm(second)
-        return self._launch("l2_norm_pair", {"first": first, "second": second}, (), same_shape=False)
+        return self._launch("l2_norm_pair", {"first": first, "second": second})
 
     @torch.no_grad()
     def perturb_(
@@ -68,7 +67,7 @@ class NativeBackend(Backend):
     @torch.no_grad()
     def restore_(self, params: TensorList, backups: TensorList) -> None:
         """See :meth:`Backend.restore_`."""
-        self._launch("restore_", {"params": params, "backups": backups}, ())
+        self._launch("restore_", {"params": params, "backups": backups})
 
     @torch.no_grad()
     def combine_(
@@ -88,191 +87,111 @@ class NativeBackend(Backend):
 
     @torch.no_grad()
     def sgd_step_(
-        self,
-        params: TensorList,
-        backups: TensorList,
-        grads: TensorList,
-        hvps: TensorList,
-        momentum_buffers: TensorList,
-        adversarial_norm: Tensor,
-        guards: TensorList,
-        rho: float,
-        alpha: float,
-        xi: float,
-        rule: SGDRule,
-        *,
-        first_step: bool,
-        write_grads: bool = True,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        self, descent: Descent, momentum_buffers: TensorList, rule: SGDRule, *, first_step: bool = False
     ) -> None:
-        """See :meth:`Backend.sgd_step_`."""
-        lists = {
-            "params": params,
-            "backups": backups,
-            "grads": grads,
-            "hvps": hvps,
-            "momentum_buffers": momentum_buffers,
-        }
-        self._launch(
-            "sgd_step_",
-            lists,
-            (_like(adversarial_norm, params), [_like(guard, params) for guard in guards], rho, alpha, xi),
-            optional=() if rule.momentum else ("momentum_buffers",),
-            **_learning_rate(rule.lr, params),
-            momentum=rule.momentum,
-            dampening=rule.dampening,
-            weight_decay=rule.weight_decay,
-            nesterov=rule.nesterov,
-            maximize=rule.maximize,
-            first_step=first_step,
-            write_grads=write_grads,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        """See :meth:`FusingBackend.sgd_step_`."""
+        state = {"momentum_buffers": momentum_buffers}
+        optional = () if rule.momentum else ("momentum_buffers",)
+        self._step("sgd_step_", descent, state, vars(rule), optional, first_step=first_step)
 
     @torch.no_grad()
-    def adamw_step_(
+    def adamw_step_(self, descent: Descent, state: AdamWState, rule: AdamWRule) -> None:
+        """See :meth:`FusingBackend.adamw_step_`."""
+        hyperparameters = dict(vars(rule))
+        hyperparameters["beta1"], hyperparameters["beta2"] = hyperparameters.pop("betas")
+        optional = () if rule.amsgrad else ("max_exp_avg_sqs",)
+        self._step("adamw_step_", descent, vars(state), hyperparameters, optional)
+
+    def _step(
         self,
-        params: TensorList,
-        backups: TensorList,
-        grads: TensorList,
-        hvps: TensorList,
-        exp_avgs: TensorList,
-        exp_avg_sqs: TensorList,
-        max_exp_avg_sqs: TensorList,
-        state_steps: TensorList,
-        adversarial_norm: Tensor,
-        guards: TensorList,
-        rho: float,
-        alpha: float,
-        xi: float,
-        rule: AdamWRule,
-        *,
-        write_grads: bool = True,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        name: str,
+        descent: Descent,
+        state: _Lists,
+        hyperparameters: Mapping[str, Any],
+        optional: tuple[str, ...],
+        **options: Any,
     ) -> None:
-        """See :meth:`Backend.adamw_step_`."""
-        lists = {
-            "params": params,
-            "backups": backups,
-            "grads": grads,
-            "hvps": hvps,
-            "exp_avgs": exp_avgs,
-            "exp_avg_sqs": exp_avg_sqs,
-            "max_exp_avg_sqs": max_exp_avg_sqs,
-        }
-        guards = [_like(guard, params) for guard in guards]
+        params = descent.params
+        lists = {key: getattr(descent, key) for key in ("params", "backups", "grads", "hvps")} | dict(state)
+        norm, guards = _like(descent.adversarial_norm, params), [_like(guard, params) for guard in descent.guards]
         self._launch(
-            "adamw_step_",
+            name,
             lists,
-            (list(state_steps), _like(adversarial_norm, params), guards, rho, alpha, xi),
-            optional=() if rule.amsgrad else ("max_exp_avg_sqs",),
-            **_learning_rate(rule.lr, params),
-            beta1=rule.betas[0],
-            beta2=rule.betas[1],
-            eps=rule.eps,
-            weight_decay=rule.weight_decay,
-            decoupled_weight_decay=rule.decoupled_weight_decay,
-            amsgrad=rule.amsgrad,
-            maximize=rule.maximize,
-            write_grads=write_grads,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            (norm, guards, descent.rho, descent.alpha, descent.xi),
+            optional,
+            **{**hyperparameters, **_learning_rate(hyperparameters["lr"], params)},
+            write_grads=descent.write_grads,
+            grad_scale=descent.grad_scale,
+            found_inf=descent.found_inf,
+            **options,
         )
 
     def _launch(
-        self,
-        name: str,
-        lists: _Lists,
-        numbers: tuple[Any, ...],
-        *,
-        same_shape: bool = True,
-        optional: tuple[str, ...] = (),
-        **options: Any,
+        self, name: str, lists: _Lists, numbers: tuple[Any, ...] = (), optional: tuple[str, ...] = (), **options: Any
     ) -> Any:
         if not any(lists.values()):
             return None  # without a tensor, PyTorch cannot tell which device's kernel to call
         operator = getattr(torch.ops.gam_fused, name).default
+
+        def run(lists: _Lists) -> Any:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return operator(*lists.values(), *numbers, **options)
+
         try:
-            return _run(name, operator, list(lists.values()), numbers, options)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            present = {key: tensors for key, tensors in lists.items() if tensors or key not in optional}
-            _validate(name, present, same_shape)
-            if name == "adamw_step_":
-                validate_steps(numbers[0], lists["params"])
-            device = next(tensor.device for tensors in present.values() for tensor in tensors)
-            if (reason := self.unavailable_reason(device)) is not None:
-                raise RuntimeError(f"backend='native' cannot run on {device}: {reason}") from None
-            dense = _dense(present, same_shape)
-            if all(dense[key] is tensors for key, tensors in present.items()):
+            result = run(lists)
+        # What the operators raise themselves, and what PyTorch does where an argument is no tensor or on no device that
+        # has kernels. Nothing has been written.
+        except (RuntimeError, TypeError, ValueError):
+            dense = _dense_copies(
+                name, {key: tensors for key, tensors in lists.items() if tensors or key not in optional}
+            )
+            if not dense:
                 raise
-        replaced = [dense.get(key, tensors) for key, tensors in lists.items()]
-        result = _launch_below(operator, replaced, numbers, options)
-        # Backwards: backups are complete before the first parameter is written.
-        for position in reversed(operators.MUTATED.get(name, ())):
-            if position < len(replaced):
-                for tensor, copy in zip(list(lists.values())[position], replaced[position], strict=False):
+            result = run({key: dense.get(key, tensors) for key, tensors in lists.items()})
+            # Backwards: backups are complete before the first parameter is written.
+            for key in reversed(operators.WRITTEN[name]):
+                for tensor, copy in zip(lists[key], dense.get(key, ()), strict=False):
                     if copy is not tensor:
                         tensor.copy_(copy)
-        _count_versions(name, list(lists.values()), numbers)
+        # Last: until every byte is written, versions say that none is.
+        operators.count_mutations(name, lists)
         return result
 
 
-def _run(
-    name: str, operator: Callable[..., Any], lists: list[TensorList], numbers: tuple[Any, ...], options: dict[str, Any]
-) -> Any:
-    result = _launch_below(operator, lists, numbers, options)
-    _count_versions(name, lists, numbers)
-    return result
+def _dense_copies(name: str, lists: _Lists) -> _Lists:
+    """The lists with dense copies of the tensors that the operator cannot take as they lie; none where it could.
 
-
-def _launch_below(
-    operator: Callable[..., Any], lists: list[TensorList], numbers: tuple[Any, ...], options: dict[str, Any]
-) -> Any:
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return operator(*lists, *numbers, **options)
-
-
-def _count_versions(name: str, lists: list[TensorList], numbers: tuple[Any, ...]) -> None:
-    # Last: until every byte is written, versions say that none is.
-    arguments = [*lists, *numbers]
-    for position in operators.MUTATED.get(name, ()):
-        torch.autograd.graph.increment_version(arguments[position])
-
-
-def _validate(name: str, lists: _Lists, same_shape: bool) -> None:
-    if not same_shape:
+    Raises ``ValueError``, as every back end does, where the lists are at fault.
+    """
+    steps = lists.get("state_steps")
+    lists = {key: tensors for key, tensors in lists.items() if key != "state_steps"}
+    if not operators.WRITTEN[name]:  # norms: of lists that have nothing to do with each other
         for key, tensors in lists.items():
             validate_lists(reads={key: tensors}, same_shape=False)
-        return
-    written = {list(lists)[i] for i in operators.MUTATED[name] if i < len(lists)}
-    validate_lists(
-        writes={key: lists[key] for key in lists if key in written},
-        reads={key: lists[key] for key in lists if key not in written},
-    )
+        odd = {key: [not _is_dense(tensor) for tensor in tensors] for key, tensors in lists.items()}
+    else:
+        validate_lists(
+            writes={key: tensors for key, tensors in lists.items() if key in operators.WRITTEN[name]},
+            reads={key: tensors for key, tensors in lists.items() if key not in operators.WRITTEN[name]},
+        )
+        if steps is not None:
+            validate_steps(steps, lists["params"])
+        # At every index where one has gaps or another layout than the rest.
+        at_index = [
+            not _is_dense(tensors[0]) or any(tensor.stride() != tensors[0].stride() for tensor in tensors)
+            for tensors in zip(*lists.values(), strict=True)
+        ]
+        odd = dict.fromkeys(lists, at_index)
+    if not any(map(any, odd.values())):
+        return {}
+    return {
+        key: [_dense(tensor) if is_odd else tensor for tensor, is_odd in zip(tensors, odd[key], strict=True)]
+        for key, tensors in lists.items()
+    }
 
 
-def _dense(lists: _Lists, same_shape: bool) -> _Lists:
-    """The lists, with dense copies of the tensors at every index where one has gaps or another layout than the rest."""
-    if not same_shape:
-        return {key: _replaced(tensors, [not _is_dense(t) for t in tensors]) for key, tensors in lists.items()}
-    first = next(iter(lists.values()))
-    odd = [
-        not _is_dense(model) or any(tensors[i].stride() != model.stride() for tensors in lists.values())
-        for i, model in enumerate(first)
-    ]
-    return {key: _replaced(tensors, odd) for key, tensors in lists.items()}
-
-
-def _replaced(tensors: TensorList, odd: list[bool]) -> TensorList:
-    if not any(odd):
-        return tensors
-    return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor) if is_odd else tensor
-        for tensor, is_odd in zip(tensors, odd, strict=True)
-    ]
+def _dense(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _is_dense(tensor: Tensor) -> bool:

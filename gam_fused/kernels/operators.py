@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,35 @@ from torch import Tensor
 from gam_fused.kernels import extension
 from gam_fused.kernels.validation import check_alike, check_lengths
 
-MUTATED: dict[str, tuple[int, ...]] = {
-    "perturb_": (0, 1),
-    "restore_": (0,),
-    "combine_": (0, 2),
-    "sgd_step_": (0, 2, 4),
-    "adamw_step_": (0, 2, 4, 5, 6, 7),
-}
-"""The positions of the lists that an operator writes."""
-
-_LISTS = {
+LISTS: dict[str, tuple[str, ...]] = {
+    "l2_norm": ("tensors",),
+    "l2_norm_pair": ("first", "second"),
     "perturb_": ("params", "directions"),
     "restore_": ("params", "backups"),
     "combine_": ("params", "backups", "grads", "hvps"),
     "sgd_step_": ("params", "backups", "grads", "hvps", "momentum_buffers"),
     "adamw_step_": ("params", "backups", "grads", "hvps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
+"""The lists that an operator takes, in order."""
 
-_MAY_BE_EMPTY = ("momentum_buffers", "max_exp_avg_sqs")
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "l2_norm": (),
+    "l2_norm_pair": (),
+    "perturb_": ("params", "directions"),
+    "restore_": ("params",),
+    "combine_": ("params", "grads"),
+    "sgd_step_": ("params", "grads", "momentum_buffers"),
+    "adamw_step_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
+}
+"""Those that it writes."""
+
+_MAY_BE_EMPTY = ("momentum_buffers", "max_exp_avg_sqs")  # lists of state that a rule may do without
+
+
+def count_mutations(name: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """Let autograd know that an operator has written its lists."""
+    for key in WRITTEN[name]:
+        torch.autograd.graph.increment_version(lists[key])
 
 
 def _norm_like(tensors: Sequence[Tensor]) -> Tensor:
@@ -62,13 +73,13 @@ def _register() -> None:
     _KEPT.append(library)
     torch.library.register_fake("gam_fused::l2_norm", _fake_l2_norm, lib=library)
     torch.library.register_fake("gam_fused::l2_norm_pair", _fake_l2_norm_pair, lib=library)
-    for name, positions in MUTATED.items():
+    for name in filter(WRITTEN.get, LISTS):
         torch.library.register_fake(f"gam_fused::{name}", _fake_mutation(name), lib=library)
-        library.impl(name, _counting(name, positions), "ADInplaceOrView", with_keyset=True)
+        library.impl(name, _counting(name), "ADInplaceOrView", with_keyset=True)
 
 
 def _fake_mutation(name: str) -> Any:
-    names = _LISTS[name]
+    names = LISTS[name]
 
     def fake(*args: Any, **options: Any) -> None:
         lists = {key: value for key, value in zip(names, args, strict=False) if value or key not in _MAY_BE_EMPTY}
@@ -90,14 +101,13 @@ def _fake_mutation(name: str) -> Any:
     return fake
 
 
-def _counting(name: str, positions: tuple[int, ...]) -> Any:
+def _counting(name: str) -> Any:
     operator = getattr(torch.ops.gam_fused, name).default
 
     def count_and_go_on(keyset: Any, *args: Any, **kwargs: Any) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-        for position in positions:
-            torch.autograd.graph.increment_version(args[position])
+        count_mutations(name, dict(zip(LISTS[name], args, strict=False)))
 
     return count_and_go_on
 

@@ -7,28 +7,28 @@ import math
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.interface import TensorList, accumulation_dtype
-from gam_fused.kernels.rules import AdamWRule, SGDRule
-from gam_fused.kernels.validating import ValidatingBackend
-from gam_fused.kernels.validation import validate_lists, validate_steps
+from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
+from gam_fused.kernels.validation import checked, validate_lists, validate_steps
 
 # Fewer than the 32768 elements from which on PyTorch may split a sum among threads, which changes its last bits.
 _CHUNK = 16384
 
 
-class ReferenceBackend(ValidatingBackend):
+class ReferenceBackend(FusingBackend):
     """One tensor after another, one formula per line. For tests: slow, and ``auto`` never picks it."""
 
     name = "reference"
-    fuses_base_rules = True
 
     @staticmethod
     def unavailable_reason(device: torch.device | None = None) -> str | None:
         """``None``: runs wherever PyTorch runs."""
         return None
 
+    @checked(reads=["tensors"], same_shape=False)
     @torch.no_grad()
-    def _l2_norm(self, tensors: TensorList) -> Tensor:
+    def l2_norm(self, tensors: TensorList) -> Tensor:
+        """See :meth:`Backend.l2_norm`."""
         if not tensors:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         wide = accumulation_dtype(tensors[0].dtype)
@@ -38,8 +38,9 @@ class ReferenceBackend(ValidatingBackend):
                 total += chunk.to(wide).square().sum()
         return total.sqrt()
 
+    @checked(writes=["params", "directions"])
     @torch.no_grad()
-    def _perturb_(
+    def perturb_(
         self,
         params: TensorList,
         directions: TensorList,
@@ -48,6 +49,7 @@ class ReferenceBackend(ValidatingBackend):
         rho: float,
         xi: float,
     ) -> None:
+        """See :meth:`Backend.perturb_`."""
         adversarial = []
         for param, direction in zip(params, directions, strict=True):
             wide = accumulation_dtype(param.dtype)
@@ -60,13 +62,15 @@ class ReferenceBackend(ValidatingBackend):
         for param, moved in zip(params, adversarial, strict=True):
             param.copy_(moved)
 
+    @checked(writes=["params"], reads=["backups"])
     @torch.no_grad()
-    def _restore_(self, params: TensorList, backups: TensorList) -> None:
-        for param, backup in zip(params, backups, strict=True):
-            param.copy_(backup)
+    def restore_(self, params: TensorList, backups: TensorList) -> None:
+        """See :meth:`Backend.restore_`."""
+        _copy(params, backups)
 
+    @checked(writes=["params", "grads"], reads=["backups", "hvps"])
     @torch.no_grad()
-    def _combine_(
+    def combine_(
         self,
         params: TensorList,
         backups: TensorList,
@@ -77,7 +81,8 @@ class ReferenceBackend(ValidatingBackend):
         alpha: float,
         xi: float,
     ) -> None:
-        self._restore_(params, backups)
+        """See :meth:`Backend.combine_`."""
+        _copy(params, backups)
         for grad, hvp in zip(grads, hvps, strict=True):
             wide = accumulation_dtype(grad.dtype)
             scale = alpha * rho / (adversarial_norm.to(grad.device, wide) + xi)
@@ -85,37 +90,17 @@ class ReferenceBackend(ValidatingBackend):
 
     @torch.no_grad()
     def sgd_step_(
-        self,
-        params: TensorList,
-        backups: TensorList,
-        grads: TensorList,
-        hvps: TensorList,
-        momentum_buffers: TensorList,
-        adversarial_norm: Tensor,
-        guards: TensorList,
-        rho: float,
-        alpha: float,
-        xi: float,
-        rule: SGDRule,
-        *,
-        first_step: bool,
-        write_grads: bool = True,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        self, descent: Descent, momentum_buffers: TensorList, rule: SGDRule, *, first_step: bool = False
     ) -> None:
-        """See :meth:`Backend.sgd_step_`."""
-        state = {"momentum_buffers": momentum_buffers} if rule.momentum or momentum_buffers else {}
-        validate_lists(writes={"params": params, "grads": grads, **state}, reads={"backups": backups, "hvps": hvps})
-        self._restore_(params, backups)
-        if not _holds([adversarial_norm, *guards], found_inf):
+        """See :meth:`FusingBackend.sgd_step_`."""
+        _validate(descent, {"momentum_buffers": momentum_buffers} if rule.momentum or momentum_buffers else {})
+        _copy(descent.params, descent.backups)
+        if not _holds(descent):
             return
-        for i, param in enumerate(params):
+        for i, param in enumerate(descent.params):
             wide = accumulation_dtype(param.dtype)
             theta = param.to(wide)
-            d = _combined(grads[i], hvps[i], adversarial_norm, rho, alpha, xi, grad_scale)
-            if write_grads:
-                grads[i].copy_(d)
-            d = -d if rule.maximize else d
+            d = _combined(descent, i, rule.maximize)
             if rule.weight_decay:
                 d = d + rule.weight_decay * theta
             if rule.momentum:
@@ -126,77 +111,66 @@ class ReferenceBackend(ValidatingBackend):
             param.copy_(theta - float(rule.lr) * d)
 
     @torch.no_grad()
-    def adamw_step_(
-        self,
-        params: TensorList,
-        backups: TensorList,
-        grads: TensorList,
-        hvps: TensorList,
-        exp_avgs: TensorList,
-        exp_avg_sqs: TensorList,
-        max_exp_avg_sqs: TensorList,
-        state_steps: TensorList,
-        adversarial_norm: Tensor,
-        guards: TensorList,
-        rho: float,
-        alpha: float,
-        xi: float,
-        rule: AdamWRule,
-        *,
-        write_grads: bool = True,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """See :meth:`Backend.adamw_step_`."""
-        state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-        if rule.amsgrad or max_exp_avg_sqs:
-            state["max_exp_avg_sqs"] = max_exp_avg_sqs
-        validate_lists(writes={"params": params, "grads": grads, **state}, reads={"backups": backups, "hvps": hvps})
-        validate_steps(state_steps, params)
-        self._restore_(params, backups)
-        if not _holds([adversarial_norm, *guards], found_inf):
+    def adamw_step_(self, descent: Descent, state: AdamWState, rule: AdamWRule) -> None:
+        """See :meth:`FusingBackend.adamw_step_`."""
+        moments = {"exp_avgs": state.exp_avgs, "exp_avg_sqs": state.exp_avg_sqs}
+        if rule.amsgrad or state.max_exp_avg_sqs:
+            moments["max_exp_avg_sqs"] = state.max_exp_avg_sqs
+        _validate(descent, moments)
+        validate_steps(state.state_steps, descent.params)
+        _copy(descent.params, descent.backups)
+        if not _holds(descent):
             return
         beta1, beta2 = rule.betas
         lr = float(rule.lr)
-        for i, param in enumerate(params):
+        for i, param in enumerate(descent.params):
             wide = accumulation_dtype(param.dtype)
             theta = param.to(wide)
-            d = _combined(grads[i], hvps[i], adversarial_norm, rho, alpha, xi, grad_scale)
-            if write_grads:
-                grads[i].copy_(d)
-            d = -d if rule.maximize else d
+            d = _combined(descent, i, rule.maximize)
             if rule.decoupled_weight_decay:
                 theta = theta - lr * rule.weight_decay * theta
             elif rule.weight_decay:
                 d = d + rule.weight_decay * theta
-            state_steps[i] += 1
-            step = state_steps[i].item()
-            mean = exp_avgs[i].to(wide)
+            state.state_steps[i] += 1
+            step = state.state_steps[i].item()
+            mean = state.exp_avgs[i].to(wide)
             mean = mean + (1 - beta1) * (d - mean)
-            square = beta2 * exp_avg_sqs[i].to(wide) + (1 - beta2) * d * d
-            exp_avgs[i].copy_(mean)
-            exp_avg_sqs[i].copy_(square)
+            square = beta2 * state.exp_avg_sqs[i].to(wide) + (1 - beta2) * d * d
+            state.exp_avgs[i].copy_(mean)
+            state.exp_avg_sqs[i].copy_(square)
             if rule.amsgrad:
-                square = torch.maximum(max_exp_avg_sqs[i].to(wide), square)
-                max_exp_avg_sqs[i].copy_(square)
+                square = torch.maximum(state.max_exp_avg_sqs[i].to(wide), square)
+                state.max_exp_avg_sqs[i].copy_(square)
             denominator = square.sqrt() / math.sqrt(1 - beta2**step) + rule.eps
             param.copy_(theta - lr / (1 - beta1**step) * mean / denominator)
 
 
-def _holds(norms: list[Tensor], found_inf: Tensor | None) -> bool:
-    return all(bool(norm.isfinite()) for norm in norms) and (found_inf is None or float(found_inf) == 0)
+def _copy(to: TensorList, tensors: TensorList) -> None:
+    for target, tensor in zip(to, tensors, strict=True):
+        target.copy_(tensor)
 
 
-def _combined(
-    grad: Tensor,
-    hvp: Tensor,
-    adversarial_norm: Tensor,
-    rho: float,
-    alpha: float,
-    xi: float,
-    grad_scale: Tensor | None,
-) -> Tensor:
+def _validate(descent: Descent, state: dict[str, TensorList]) -> None:
+    validate_lists(
+        writes={"params": descent.params, "grads": descent.grads, **state},
+        reads={"backups": descent.backups, "hvps": descent.hvps},
+    )
+
+
+def _holds(descent: Descent) -> bool:
+    finite = all(bool(norm.isfinite()) for norm in [descent.adversarial_norm, *descent.guards])
+    return finite and (descent.found_inf is None or float(descent.found_inf) == 0)
+
+
+def _combined(descent: Descent, i: int, maximize: bool) -> Tensor:
+    """The gradient that the base rule steps along."""
+    grad = descent.grads[i]
     wide = accumulation_dtype(grad.dtype)
-    scale = alpha * rho / (adversarial_norm.to(grad.device, wide) + xi)
-    combined = grad.to(wide) + scale * hvp.to(wide)
-    return combined if grad_scale is None else combined / grad_scale.to(grad.device, wide)
+    norm = descent.adversarial_norm.to(grad.device, wide)
+    scale = descent.alpha * descent.rho / (norm + descent.xi)
+    combined = grad.to(wide) + scale * descent.hvps[i].to(wide)
+    if descent.grad_scale is not None:
+        combined = combined / descent.grad_scale.to(grad.device, wide)
+    if descent.write_grads:
+        grad.copy_(combined)
+    return -combined if maximize else combined

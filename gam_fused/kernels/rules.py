@@ -1,10 +1,59 @@
-"""Base rules that a back end may fuse with restoring and combining: what one launch needs to know of them."""
+"""What a fused step takes: where it starts from, a base rule, and the state of that rule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+TensorList = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The parameters at θ_adv, and what leads from there to the combined gradient at θ.
+
+    Args:
+        params: θ_adv; written.
+        backups: θ.
+        grads: g; with ``write_grads``, written.
+        hvps: H(θ_adv) g_adv.
+        adversarial_norm: ‖g_adv‖, 0-d.
+        rho: ρ.
+        alpha: α; negative for a base optimizer that maximizes, which steps along the negative combined gradient.
+        xi: ξ.
+        guards: any number of 0-d tensors, as the norms are.
+        write_grads: whether the combined gradient, divided by ``grad_scale``, is left in ``grads``.
+        grad_scale: float32, 0-d: the combined gradient is divided by it (``torch.amp.GradScaler``).
+        found_inf: float32, 0-d: 0 where the step is to be taken.
+    """
+
+    params: TensorList
+    backups: TensorList
+    grads: TensorList
+    hvps: TensorList
+    adversarial_norm: Tensor
+    rho: float
+    alpha: float
+    xi: float
+    guards: TensorList = ()
+    write_grads: bool = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdamWState:
+    """The state of ``torch.optim.Adam`` and ``AdamW``, by its own names; all of it is written.
+
+    ``max_exp_avg_sqs`` is empty without ``amsgrad``. ``state_steps`` are float32, 0-d, on the parameters' device.
+    """
+
+    exp_avgs: TensorList
+    exp_avg_sqs: TensorList
+    max_exp_avg_sqs: TensorList
+    state_steps: TensorList
 
 
 @dataclass(frozen=True)

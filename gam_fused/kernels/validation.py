@@ -6,13 +6,18 @@ one C-level pass per list and looks for an index only once a pass has found a di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import add, attrgetter, le
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +66,29 @@ def validate_lists(
     written = sum(map(len, writes.values()))
     if written:
         _check_disjoint(lists, tensors, starts, written)
+
+
+def checked(
+    *, writes: Sequence[str] = (), reads: Sequence[str] = (), same_shape: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate an operator: :func:`validate_lists` looks at its arguments of these names first."""
+
+    def decorate(operator: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(operator)
+
+        @functools.wraps(operator)
+        def check_and_run(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments
+            validate_lists(
+                writes={name: given[name] for name in writes},
+                reads={name: given[name] for name in reads},
+                same_shape=same_shape,
+            )
+            return operator(*args, **kwargs)
+
+        return check_and_run
+
+    return decorate
 
 
 def validate_steps(state_steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -21,7 +21,11 @@
 
 namespace {
 
+using gam_fused::AdamWArguments;
 using gam_fused::Dtype;
+using gam_fused::Penalty;
+using gam_fused::SGDArguments;
+using gam_fused::StepArguments;
 using namespace gam_fused::cuda;
 
 // Memory that ends where the data ends, for AddressSanitizer to see the first byte beyond.
@@ -227,11 +231,11 @@ struct Step {
     adamw.eps = c.number();
     adamw.weight_decay = c.number();
     adamw.decoupled_weight_decay = c.flag();
-    const bool amsgrad = c.flag();
+    adamw.amsgrad = c.flag();
     const RestoredLists lists(c);
     const Addresses exp_avgs = c.list();
     const Addresses exp_avg_sqs = c.list();
-    const Addresses max_exp_avg_sqs = c.list_if(amsgrad);
+    const Addresses max_exp_avg_sqs = c.list_if(adamw.amsgrad);
     const Addresses state_steps = c.list();
     const Step step(c);
     adamw_step(c.target, {c.dtype, c.numels}, lists.restored(), {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps},

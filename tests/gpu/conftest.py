@@ -35,6 +35,6 @@ def native(request: pytest.FixtureRequest) -> Backend:
     """The native back end, if it runs on the test's device: that of the ``device`` fixture, or else CUDA."""
     chosen = request.getfixturevalue("device") if "device" in request.fixturenames else torch.device("cuda")
     try:
-        return kernels.resolve("native", chosen)
+        return kernels.resolve("native", [chosen])
     except RuntimeError as error:
         pytest.skip(str(error))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gam_fused.kernels import Backend
 from gam_fused.kernels.interface import accumulation_dtype
-from gam_fused.kernels.rules import AdamWRule, SGDRule
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule
 
 RHO, ALPHA, XI = 0.3, 0.7, 0.01
 SGD = SGDRule(lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.01, nesterov=False)
@@ -136,16 +136,19 @@ def combine(backend: Backend, on: Workload) -> None:
 def sgd_step(
     backend: Backend, on: Workload, rule: SGDRule = SGD, first_step: bool = False, found_inf: Tensor | None = None
 ) -> None:
-    lists = on.params, on.directions, on.grads, on.hvps, on.momentum_buffers if rule.momentum else []
-    scalars = on.adversarial_norm, on.guards, RHO, ALPHA, XI
-    backend.sgd_step_(*lists, *scalars, rule, first_step=first_step, found_inf=found_inf)
+    backend.sgd_step_(
+        _descent(on, found_inf), on.momentum_buffers if rule.momentum else [], rule, first_step=first_step
+    )
 
 
 def adamw_step(backend: Backend, on: Workload, rule: AdamWRule = ADAMW, found_inf: Tensor | None = None) -> None:
-    lists = on.params, on.directions, on.grads, on.hvps, on.exp_avgs, on.exp_avg_sqs
-    state = on.max_exp_avg_sqs if rule.amsgrad else [], on.state_steps
-    scalars = on.adversarial_norm, on.guards, RHO, ALPHA, XI
-    backend.adamw_step_(*lists, *state, *scalars, rule, found_inf=found_inf)
+    maxima = on.max_exp_avg_sqs if rule.amsgrad else []
+    backend.adamw_step_(_descent(on, found_inf), AdamWState(on.exp_avgs, on.exp_avg_sqs, maxima, on.state_steps), rule)
+
+
+def _descent(on: Workload, found_inf: Tensor | None) -> Descent:
+    lists = on.params, on.directions, on.grads, on.hvps
+    return Descent(*lists, on.adversarial_norm, RHO, ALPHA, XI, on.guards, found_inf=found_inf)
 
 
 def norms(backend: Backend, on: Workload) -> Tensors:

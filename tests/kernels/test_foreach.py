@@ -1,4 +1,4 @@
-"""What only the foreach back end has: batches and chunks. The operators themselves are in test_operators.py."""
+"""What only the foreach back end has: batches and chunks. The operators themselves are in operators/."""
 
 from __future__ import annotations
 

@@ -66,13 +66,17 @@ def native_everywhere_but_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "native"), ("cuda", "foreach"), ("xpu", "foreach")])
 def test_auto_depends_on_the_device(native_everywhere_but_cuda: None, device: str, name: str) -> None:
-    assert kernels.resolve("auto", torch.device(device)).name == name
+    assert kernels.resolve("auto", [torch.device(device)]).name == name
+
+
+def test_auto_takes_a_back_end_that_runs_on_every_device(native_everywhere_but_cuda: None) -> None:
+    assert kernels.resolve("auto", [torch.device("cpu"), torch.device("cuda")]).name == "foreach"
 
 
 def test_auto_takes_native_on_cuda_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
     monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: None)
-    assert kernels.resolve("auto", torch.device("cuda")).name == "native"
+    assert kernels.resolve("auto", [torch.device("cuda")]).name == "native"
 
 
 def test_auto_takes_foreach_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +88,7 @@ def test_auto_takes_foreach_where_nothing_is_compiled(monkeypatch: pytest.Monkey
 
 def test_native_is_refused_for_a_device_it_has_no_kernels_for(native_everywhere_but_cuda: None) -> None:
     with pytest.raises(RuntimeError, match=r"^backend='native' cannot run here: no CUDA kernels\.$"):
-        kernels.resolve("native", torch.device("cuda"))
+        kernels.resolve("native", [torch.device("cuda")])
 
 
 def test_auto_never_takes_the_reference() -> None:

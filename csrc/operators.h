@@ -1,0 +1,127 @@
+// The operators of schemas.h as far as they are the same on every device: check the arguments, then launch.
+//
+// Each is a template over what a device does with checked arguments. None of them calls it for lists without tensors.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "boxing.h"
+#include "operands.h"
+#include "step_arguments.h"
+
+namespace gam_fused {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// launch(operands, direction_norm, grad_norm, rho, xi)
+template <auto launch>
+void perturb_(const TensorList& params, const TensorList& directions, const Tensor& direction_norm,
+              const Tensor& grad_norm, double rho, double xi) {
+    const Operands operands({{"params", params, true}, {"directions", directions, true}});
+    if (!operands.is_empty()) {
+        launch(operands, operands.scalar("direction_norm", direction_norm), operands.scalar("grad_norm", grad_norm),
+               rho, xi);
+    }
+}
+
+// launch(operands)
+template <auto launch>
+void restore_(const TensorList& params, const TensorList& backups) {
+    const Operands operands({{"params", params, true}, {"backups", backups}});
+    if (!operands.is_empty()) {
+        launch(operands);
+    }
+}
+
+// launch(operands, penalty)
+template <auto launch>
+void combine_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
+              const Tensor& adversarial_norm, double rho, double alpha, double xi) {
+    const Operands operands({{"params", params, true}, {"backups", backups}, {"grads", grads, true}, {"hvps", hvps}});
+    if (!operands.is_empty()) {
+        launch(operands, Penalty{operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi});
+    }
+}
+
+namespace detail {
+
+inline const float* float_or_null(const Operands& operands, const char* name, const OptionalTensor& tensor) {
+    return tensor ? static_cast<const float*>(operands.scalar(name, *tensor, Dtype::float32)) : nullptr;
+}
+
+}  // namespace detail
+
+// What fused steps have in common, with its guards' addresses.
+class Step {
+ public:
+    Step(const Operands& operands, const Tensor& adversarial_norm, const TensorList& guards, double rho, double alpha,
+         double xi, double lr, const OptionalTensor& lr_tensor, bool maximize, bool write_grads,
+         const OptionalTensor& grad_scale, const OptionalTensor& found_inf)
+        : guards_(operands.scalars("guards", guards)),
+          arguments_{{operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi},
+                     guards_,
+                     detail::float_or_null(operands, "grad_scale", grad_scale),
+                     detail::float_or_null(operands, "found_inf", found_inf),
+                     lr_tensor ? operands.scalar("lr_tensor", *lr_tensor) : nullptr,
+                     lr,
+                     maximize,
+                     write_grads} {}
+
+    Step(const Step&) = delete;
+    Step& operator=(const Step&) = delete;
+
+    const StepArguments& arguments() const { return arguments_; }
+
+ private:
+    std::vector<const void*> guards_;
+    StepArguments arguments_;
+};
+
+// launch(operands, step, sgd)
+template <auto launch>
+void sgd_step_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
+               const TensorList& momentum_buffers, const Tensor& adversarial_norm, const TensorList& guards, double rho,
+               double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double momentum, double dampening,
+               double weight_decay, bool nesterov, bool maximize, bool first_step, bool write_grads,
+               const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+    const Operands operands({{"params", params, true},
+                             {"backups", backups},
+                             {"grads", grads, true},
+                             {"hvps", hvps},
+                             {"momentum_buffers", momentum_buffers, true, /*is_optional=*/momentum == 0}});
+    if (!operands.is_empty()) {
+        const Step step(operands, adversarial_norm, guards, rho, alpha, xi, lr, lr_tensor, maximize, write_grads,
+                        grad_scale, found_inf);
+        launch(operands, step.arguments(), SGDArguments{momentum, dampening, weight_decay, nesterov, first_step});
+    }
+}
+
+// launch(operands, addresses of the step counts, step, adamw)
+template <auto launch>
+void adamw_step_(const TensorList& params, const TensorList& backups, const TensorList& grads, const TensorList& hvps,
+                 const TensorList& exp_avgs, const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                 const TensorList& state_steps, const Tensor& adversarial_norm, const TensorList& guards, double rho,
+                 double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double beta1, double beta2,
+                 double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
+                 bool write_grads, const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+    const Operands operands({{"params", params, true},
+                             {"backups", backups},
+                             {"grads", grads, true},
+                             {"hvps", hvps},
+                             {"exp_avgs", exp_avgs, true},
+                             {"exp_avg_sqs", exp_avg_sqs, true},
+                             {"max_exp_avg_sqs", max_exp_avg_sqs, true, /*is_optional=*/!amsgrad}});
+    const Operands steps = checked_steps(state_steps, operands);
+    if (!operands.is_empty()) {
+        const Step step(operands, adversarial_norm, guards, rho, alpha, xi, lr, lr_tensor, maximize, write_grads,
+                        grad_scale, found_inf);
+        launch(operands, steps.data[0], step.arguments(),
+               AdamWArguments{beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad});
+    }
+}
+
+}  // namespace gam_fused
