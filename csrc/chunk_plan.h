@@ -19,6 +19,11 @@ struct Chunk {
     int64_t end;
 };
 
+// Of a tensor of this size.
+constexpr int64_t chunks_of(int64_t numel, int64_t chunk_size) {
+    return numel / chunk_size + (numel % chunk_size != 0);
+}
+
 // The chunks of a list of tensors, numbered from 0 in the order of the list.
 class ChunkPlan {
  public:
@@ -26,7 +31,7 @@ class ChunkPlan {
         first_chunk_.reserve(numels.size() + 1);
         first_chunk_.push_back(0);
         for (const int64_t numel : numels) {
-            first_chunk_.push_back(first_chunk_.back() + chunks_of(numel));
+            first_chunk_.push_back(first_chunk_.back() + chunks_of(numel, chunk_size));
         }
     }
 
@@ -44,8 +49,6 @@ class ChunkPlan {
     }
 
  private:
-    int64_t chunks_of(int64_t numel) const { return numel / chunk_size_ + (numel % chunk_size_ != 0); }
-
     const std::vector<int64_t>& numels_;
     int64_t chunk_size_;
     std::vector<int64_t> first_chunk_;
@@ -72,30 +75,28 @@ constexpr int64_t tensors_per_launch(int64_t lists) {
                                 (lists * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t)));
 }
 
-// Tensors [begin, end) of a list go into one launch.
+// Tensors [begin, end) of a list go into one launch; each has a place in its table, with elements or without.
 struct Launch {
     size_t begin;
     size_t end;
 };
 
-// The launches for tensors of these sizes; tensors without elements cost none.
+// The launches for tensors of these sizes. Each begins and ends with a tensor that has elements.
 inline std::vector<Launch> plan_launches(const std::vector<int64_t>& numels, int64_t lists,
                                          int64_t chunk_size = kCudaChunk) {
     std::vector<Launch> launches;
-    const int64_t capacity = tensors_per_launch(lists);
-    int64_t tensors = capacity;  // in the launch being filled: none yet
-    int64_t chunks = 0;
+    const auto capacity = static_cast<size_t>(tensors_per_launch(lists));
+    int64_t chunks = 0;  // of the launch being filled
     for (size_t i = 0; i < numels.size(); ++i) {
         if (numels[i] == 0) {
             continue;
         }
-        const int64_t more = numels[i] / chunk_size + (numels[i] % chunk_size != 0);
-        if (tensors == capacity || chunks + more > kMaxChunksPerLaunch) {
+        const int64_t more = chunks_of(numels[i], chunk_size);
+        if (launches.empty() || i - launches.back().begin >= capacity || chunks + more > kMaxChunksPerLaunch) {
             launches.push_back({i, i});
-            tensors = chunks = 0;
+            chunks = 0;
         }
         launches.back().end = i + 1;
-        tensors += 1;
         chunks += more;
     }
     return launches;

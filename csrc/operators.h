@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -17,14 +18,21 @@ namespace gam_fused {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// launch(operands, direction_norm, grad_norm, rho, xi)
+// As PyTorch hands over an integer; taken modulo 2^64.
+using OptionalSeed = std::optional<int64_t>;
+
+inline std::optional<uint64_t> unsigned_seed(const OptionalSeed& seed) {
+    return seed ? std::optional(static_cast<uint64_t>(*seed)) : std::nullopt;
+}
+
+// launch(operands, direction_norm, grad_norm, rho, xi, rounding seed)
 template <auto launch>
 void perturb_(const TensorList& params, const TensorList& directions, const Tensor& direction_norm,
-              const Tensor& grad_norm, double rho, double xi) {
+              const Tensor& grad_norm, double rho, double xi, const OptionalSeed& rounding_seed) {
     const Operands operands({{"params", params, true}, {"directions", directions, true}});
     if (!operands.is_empty()) {
         launch(operands, operands.scalar("direction_norm", direction_norm), operands.scalar("grad_norm", grad_norm),
-               rho, xi);
+               rho, xi, unsigned_seed(rounding_seed));
     }
 }
 
@@ -60,7 +68,7 @@ class Step {
  public:
     Step(const Operands& operands, const Tensor& adversarial_norm, const TensorList& guards, double rho, double alpha,
          double xi, double lr, const OptionalTensor& lr_tensor, bool maximize, bool write_grads,
-         const OptionalTensor& grad_scale, const OptionalTensor& found_inf)
+         const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalSeed& rounding_seed)
         : guards_(operands.scalars("guards", guards)),
           arguments_{{operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi},
                      guards_,
@@ -69,7 +77,8 @@ class Step {
                      lr_tensor ? operands.scalar("lr_tensor", *lr_tensor) : nullptr,
                      lr,
                      maximize,
-                     write_grads} {}
+                     write_grads,
+                     unsigned_seed(rounding_seed)} {}
 
     Step(const Step&) = delete;
     Step& operator=(const Step&) = delete;
@@ -87,7 +96,7 @@ void sgd_step_(const TensorList& params, const TensorList& backups, const Tensor
                const TensorList& momentum_buffers, const Tensor& adversarial_norm, const TensorList& guards, double rho,
                double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double momentum, double dampening,
                double weight_decay, bool nesterov, bool maximize, bool first_step, bool write_grads,
-               const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+               const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalSeed& rounding_seed) {
     const Operands operands({{"params", params, true},
                              {"backups", backups},
                              {"grads", grads, true},
@@ -95,7 +104,7 @@ void sgd_step_(const TensorList& params, const TensorList& backups, const Tensor
                              {"momentum_buffers", momentum_buffers, true, /*is_optional=*/momentum == 0}});
     if (!operands.is_empty()) {
         const Step step(operands, adversarial_norm, guards, rho, alpha, xi, lr, lr_tensor, maximize, write_grads,
-                        grad_scale, found_inf);
+                        grad_scale, found_inf, rounding_seed);
         launch(operands, step.arguments(), SGDArguments{momentum, dampening, weight_decay, nesterov, first_step});
     }
 }
@@ -107,7 +116,8 @@ void adamw_step_(const TensorList& params, const TensorList& backups, const Tens
                  const TensorList& state_steps, const Tensor& adversarial_norm, const TensorList& guards, double rho,
                  double alpha, double xi, double lr, const OptionalTensor& lr_tensor, double beta1, double beta2,
                  double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad, bool maximize,
-                 bool write_grads, const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+                 bool write_grads, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                 const OptionalSeed& rounding_seed) {
     const Operands operands({{"params", params, true},
                              {"backups", backups},
                              {"grads", grads, true},
@@ -118,7 +128,7 @@ void adamw_step_(const TensorList& params, const TensorList& backups, const Tens
     const Operands steps = checked_steps(state_steps, operands);
     if (!operands.is_empty()) {
         const Step step(operands, adversarial_norm, guards, rho, alpha, xi, lr, lr_tensor, maximize, write_grads,
-                        grad_scale, found_inf);
+                        grad_scale, found_inf, rounding_seed);
         launch(operands, steps.data[0], step.arguments(),
                AdamWArguments{beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad});
     }

@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "operands.h"
 #include "operators.h"
+#include "rounding.h"
 #include "schemas.h"
 
 namespace gam_fused::cpu {
@@ -36,6 +37,18 @@ void for_each_chunk_of(const Operands& operands, const Function& function) {
     const ChunkPlan plan(operands.numels, kChunk);
     for_each_chunk(operands.numels, plan, kChunk,
                    [&](int64_t, const Chunk& chunk) { function(chunk, chunk.end - chunk.begin); });
+}
+
+// function(chunk, its size, its random bits or, where parameters are rounded to nearest, null)
+template <typename Function>
+void for_each_chunk_of(const Operands& operands, const std::optional<uint64_t>& rounding_seed,
+                       const Function& function) {
+    static_assert(kElementsPerKey % kChunk == 0, "a chunk has one key");
+    const uint64_t key = launch_key(rounding_seed.value_or(0));
+    for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
+        const RandomChunk random(key, static_cast<uint64_t>(chunk.tensor), chunk.begin);
+        function(chunk, size, rounding_seed ? &random : nullptr);
+    });
 }
 
 double value_at(Dtype dtype, const void* scalar) {
@@ -90,8 +103,8 @@ std::tuple<Tensor, Tensor> l2_norm_pair(const TensorList& first, const TensorLis
 
 // ---------------------------------------------------------------- perturb, restore, combine
 
-void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho,
-                    double xi) {
+void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho, double xi,
+                    const std::optional<uint64_t>& rounding_seed) {
     const double norm_u = value_at(operands.dtype, direction_norm);
     const double norm_g = value_at(operands.dtype, grad_norm);
     const double scale = in_accumulation_type(operands.dtype, [&](auto zero) {
@@ -100,8 +113,8 @@ void launch_perturb(const Operands& operands, const void* direction_norm, const 
     });
     const bool is_moving = moves(norm_u, norm_g, scale);
     const ChunkKernels& kernels = chunk_kernels();
-    for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
-        kernels.perturb(operands.dtype, at(operands, 0, chunk), at(operands, 1, chunk), size, scale, is_moving);
+    for_each_chunk_of(operands, rounding_seed, [&](const Chunk& chunk, int64_t size, const RandomChunk* random) {
+        kernels.perturb(operands.dtype, at(operands, 0, chunk), at(operands, 1, chunk), size, scale, is_moving, random);
     });
 }
 
@@ -174,10 +187,10 @@ void launch_sgd_step(const Operands& operands, const StepArguments& step, const 
                               {learning_rate(operands, step), sgd.weight_decay, sgd.momentum, 1 - sgd.dampening},
                               {sgd.weight_decay != 0, sgd.momentum != 0, sgd.nesterov, sgd.first_step}};
     const ChunkKernels& kernels = chunk_kernels();
-    for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
+    for_each_chunk_of(operands, step.rounding_seed, [&](const Chunk& chunk, int64_t size, const RandomChunk* random) {
         const SGDChunk addresses = {at(operands, 0, chunk), at(operands, 1, chunk), at(operands, 2, chunk),
                                     at(operands, 3, chunk), at(operands, 4, chunk)};
-        kernels.sgd_step(operands.dtype, addresses, size, launch);
+        kernels.sgd_step(operands.dtype, addresses, size, launch, random);
     });
 }
 
@@ -198,11 +211,12 @@ void launch_adamw_step(const Operands& operands, const std::vector<void*>& state
         corrections.push_back({1 - std::pow(adamw.beta1, count), std::sqrt(1 - std::pow(adamw.beta2, count))});
     }
     const ChunkKernels& kernels = chunk_kernels();
-    for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
+    for_each_chunk_of(operands, step.rounding_seed, [&](const Chunk& chunk, int64_t size, const RandomChunk* random) {
         const AdamWChunk addresses = {at(operands, 0, chunk), at(operands, 1, chunk), at(operands, 2, chunk),
                                       at(operands, 3, chunk), at(operands, 4, chunk), at(operands, 5, chunk),
                                       at(operands, 6, chunk)};
-        kernels.adamw_step(operands.dtype, addresses, size, launch, corrections[static_cast<size_t>(chunk.tensor)]);
+        kernels.adamw_step(operands.dtype, addresses, size, launch, corrections[static_cast<size_t>(chunk.tensor)],
+                           random);
     });
 }
 

@@ -11,6 +11,7 @@
 #include <array>
 #include <atomic>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -109,11 +110,11 @@ Restored restored_of(const Operands& operands) {
     return {operands.data[0], operands.data[1], operands.data[2], operands.data[3]};
 }
 
-void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho,
-                    double xi) {
+void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho, double xi,
+                    const std::optional<uint64_t>& rounding_seed) {
     const OnDevice device(operands);
     perturb(device.target(), elements_of(operands), operands.data[0], operands.data[1], direction_norm, grad_norm, rho,
-            xi);
+            xi, rounding_seed);
 }
 
 void launch_restore(const Operands& operands) {

@@ -14,9 +14,10 @@ constexpr const char* l2_norm = "l2_norm(Tensor[] tensors) -> Tensor";
 constexpr const char* l2_norm_pair = "l2_norm_pair(Tensor[] first, Tensor[] second) -> (Tensor, Tensor)";
 
 // params <- θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)), directions <- θ. Where a norm or the quotient is not finite, params stay.
+// With `rounding_seed`, here and below, bfloat16 and float16 params are rounded stochastically (rounding.h).
 constexpr const char* perturb_ =
     "perturb_(Tensor(a!)[] params, Tensor(b!)[] directions, Tensor direction_norm, Tensor grad_norm, float rho, "
-    "float xi) -> ()";
+    "float xi, *, int? rounding_seed=None) -> ()";
 
 // params <- backups
 constexpr const char* restore_ = "restore_(Tensor(a!)[] params, Tensor[] backups) -> ()";
@@ -36,7 +37,7 @@ constexpr const char* sgd_step_ =
     "Tensor(c!)[] momentum_buffers, Tensor adversarial_norm, Tensor[] guards, float rho, float alpha, float xi, *, "
     "float lr, Tensor? lr_tensor=None, float momentum=0., float dampening=0., float weight_decay=0., "
     "bool nesterov=False, bool maximize=False, bool first_step=False, bool write_grads=True, Tensor? grad_scale=None, "
-    "Tensor? found_inf=None) -> ()";
+    "Tensor? found_inf=None, int? rounding_seed=None) -> ()";
 
 // The same with torch.optim.Adam or, with `decoupled_weight_decay`, torch.optim.AdamW. `max_exp_avg_sqs` is empty where
 // `amsgrad` is off. `state_steps` are float32 0-d tensors on the tensors' device and count up by one.
@@ -45,6 +46,7 @@ constexpr const char* adamw_step_ =
     "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor adversarial_norm, "
     "Tensor[] guards, float rho, float alpha, float xi, *, float lr, Tensor? lr_tensor=None, float beta1=0.9, "
     "float beta2=0.999, float eps=1e-8, float weight_decay=0., bool decoupled_weight_decay=True, bool amsgrad=False, "
-    "bool maximize=False, bool write_grads=True, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()";
+    "bool maximize=False, bool write_grads=True, Tensor? grad_scale=None, Tensor? found_inf=None, "
+    "int? rounding_seed=None) -> ()";
 
 }  // namespace gam_fused::schemas

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace gam_fused {
@@ -27,6 +29,7 @@ struct StepArguments {
     double lr;
     bool maximize;
     bool write_grads;
+    std::optional<uint64_t> rounding_seed;
 };
 
 struct SGDArguments {

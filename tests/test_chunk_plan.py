@@ -65,6 +65,14 @@ def test_launches_cover_every_tensor_with_elements_once_and_in_order(plan: Plan,
     assert len(plan(numels, lists)) > 1
 
 
+@pytest.mark.parametrize("lists", [1, 8])
+def test_tensors_without_elements_have_places_in_the_table(plan: Plan, lists: int) -> None:
+    """So that the place of a tensor in the list follows from its place in the table."""
+    full = plan([1] * 4000, lists)[0][1]
+    for begin, end in plan([i % 2 for i in range(4000)], lists):
+        assert 0 < end - begin <= full
+
+
 def test_no_elements_take_no_launch(plan: Plan) -> None:
     assert plan([0, 0], 1) == []
     assert plan([], 1) == []

@@ -20,6 +20,9 @@ ARCHITECTURES = ("80", "90", "100", "120")
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 DTYPES = {"d": "fp64", "f": "fp32", "8bfloat16": "bf16", "7float16": "fp16"}
 
+# Kernels that write parameters in two ways: their last template argument says how they are rounded.
+ROUNDING = {"perturb_kernel", "sgd_kernel", "adamw_kernel"}
+
 # What a kernel's main loop loads and stores, each with one instruction of 128 bits at least: its lists and, in fused
 # steps, one load and one store more, where the step is not taken and parameters are restored only.
 LOADS_AND_STORES = {
@@ -62,22 +65,27 @@ class Kernel:
 
     name: str  # with its compile-time flag, as in LOADS_AND_STORES
     dtype: str
+    is_stochastic: bool
     architecture: str
     registers: int
     stack: int
     instructions: str
 
-    def count(self, instruction: str) -> int:
-        return len(re.findall(rf"\b{re.escape(instruction)}\b", self.instructions))
+    def __str__(self) -> str:
+        rounding = ", stochastic" if self.is_stochastic else ""
+        return f"{self.name}, {self.dtype}{rounding}, sm_{self.architecture}"
 
 
-def parsed_name(symbol: str) -> tuple[str, str]:
-    """Kernel and dtype of a mangled name: `…14perturb_kernelINS_7float16EEEv…`, `…10sgd_kernelIfLb1EEEv…`."""
+def parsed_name(symbol: str) -> tuple[str, str, bool]:
+    """Kernel, dtype and rounding of a mangled name: `…14restore_kernelINS_7float16EEEv…`,
+    `…10sgd_kernelIfLb1ENS0_9ToNearestEEEv…`.
+    """
     names = "|".join({name.split(",")[0] for name in (*LOADS_AND_STORES, *SMALL)})
-    found = re.search(rf"({names})I(?:NS_)?(d|f|8bfloat16|7float16)E?(?:Lb([01]))?E", symbol)
+    found = re.search(rf"({names})I(?:NS_)?(d|f|8bfloat16|7float16)E?(?:Lb([01])E)?(.*?)EEv", symbol)
     assert found is not None, symbol
-    kernel, dtype, flag = found.groups()
-    return (kernel if flag is None else f"{kernel}, {flag}"), DTYPES[dtype]
+    kernel, dtype, flag, rest = found.groups()
+    assert ("9ToNearest" in rest or "14Stochastically" in rest) == (kernel in ROUNDING), symbol
+    return (kernel if flag is None else f"{kernel}, {flag}"), DTYPES[dtype], "14Stochastically" in rest
 
 
 def run(*command: str | Path) -> str:
@@ -113,33 +121,33 @@ def test_every_list_moves_128_bits_at_a_time(kernels):
     for kernel in kernels:
         if kernel.name not in SMALL:
             loads, stores = LOADS_AND_STORES[kernel.name]
-            what = (kernel.name, kernel.dtype, kernel.architecture)
-            assert len(re.findall(r"\bLDG\.E\.\S*128", kernel.instructions)) >= loads, what
-            assert len(re.findall(r"\bSTG\.E\.\S*128", kernel.instructions)) >= stores, what
+            assert len(re.findall(r"\bLDG\.E\.\S*128", kernel.instructions)) >= loads, str(kernel)
+            assert len(re.findall(r"\bSTG\.E\.\S*128", kernel.instructions)) >= stores, str(kernel)
 
 
 def test_no_register_is_spilled(kernels, record_property):
     for kernel in kernels:
-        what = f"{kernel.name}, {kernel.dtype}, sm_{kernel.architecture}"
-        record_property(what, kernel.registers)
-        print(f"{what}: {kernel.registers} registers")
-        assert kernel.stack == 0, what
-        assert not re.search(r"\b(LDL|STL)\b", kernel.instructions), what
+        record_property(str(kernel), kernel.registers)
+        print(f"{kernel}: {kernel.registers} registers")
+        assert kernel.stack == 0, str(kernel)
+        assert not re.search(r"\b(LDL|STL)\b", kernel.instructions), str(kernel)
 
 
 def test_only_float64_kernels_do_float64_arithmetic(kernels):
     for kernel in kernels:
         found = FP64.search(kernel.instructions)
-        what = (kernel.name, kernel.dtype, kernel.architecture)
         if kernel.dtype != "fp64":
-            assert found is None, (*what, found and found[0])
+            assert found is None, (str(kernel), found and found[0])
         elif kernel.name not in ("restore_kernel", "count_step_kernel"):
-            assert found is not None, what  # or the pattern would miss it elsewhere, too
+            assert found is not None, str(kernel)  # or the pattern would miss it elsewhere, too
 
 
 def test_every_kernel_is_there_in_every_dtype(kernels):
-    instances = {(kernel.name, kernel.dtype) for kernel in kernels}
-    for name in {name for name, _ in instances}:
-        dtypes = {dtype for other, dtype in instances if other == name}
+    for name in {kernel.name for kernel in kernels}:
+        dtypes, drawn = (
+            {kernel.dtype for kernel in kernels if kernel.name == name and kernel.is_stochastic == stochastic}
+            for stochastic in (False, True)
+        )
         assert dtypes == ({"fp64", "fp32"} if name in SMALL else set(DTYPES.values())), name
+        assert drawn == ({"bf16", "fp16"} if name.split(",")[0] in ROUNDING else set()), name
         assert name in SMALL or name in LOADS_AND_STORES

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "../rounding.h"
 #include "../update_rules.h"
 
 namespace gam_fused::cpu {
@@ -63,16 +64,19 @@ struct ChunkKernels {
     bool (*is_supported)();
     // Sum of squares, in double; of float32 and narrower dtypes, each square is exact.
     double (*sum_of_squares)(Dtype dtype, const void* tensor, int64_t size);
-    // param <-> direction, then param += scale * old direction unless `moves` is false.
-    void (*perturb)(Dtype dtype, void* param, void* direction, int64_t size, double scale, bool moves);
+    // param <-> direction, then param += scale * old direction unless `moves` is false. `random`, here and below: the
+    // bits that narrow parameters are rounded with, null where they are rounded to nearest.
+    void (*perturb)(Dtype dtype, void* param, void* direction, int64_t size, double scale, bool moves,
+                    const RandomChunk* random);
     // With `is_streaming`, `to` is written past the caches, which it would not fit in: that spares reading it first.
     void (*copy)(void* to, const void* from, int64_t bytes, bool is_streaming);
     // param <- backup, grad <- grad + scale * hvp
     void (*combine)(Dtype dtype, void* param, const void* backup, void* grad, const void* hvp, int64_t size,
                     double scale, bool is_streaming);
-    void (*sgd_step)(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch& launch);
+    void (*sgd_step)(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch& launch,
+                     const RandomChunk* random);
     void (*adamw_step)(Dtype dtype, const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,
-                       const BiasCorrections<double>& corrections);
+                       const BiasCorrections<double>& corrections, const RandomChunk* random);
 };
 
 extern const ChunkKernels kBaseline;

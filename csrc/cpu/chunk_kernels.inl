@@ -26,6 +26,17 @@ void store(T* __restrict to, const accumulation_t<T>* __restrict block, int64_t 
     }
 }
 
+// Not inlined: one loop serves all rules. Its counter is as wide as the numbers it is mixed into.
+template <typename T>
+__attribute__((noinline)) void draw_block(float* __restrict block, const RandomChunk& chunk, int64_t begin,
+                                          int64_t size) {
+    const RandomChunk random = chunk;
+    const auto first = static_cast<uint32_t>(begin), count = static_cast<uint32_t>(size);
+    for (uint32_t i = 0; i < count; ++i) {
+        block[i] = draw<T>(block[i], random[first + i]);
+    }
+}
+
 #if defined(GAM_FUSED_HAS_F16C)
 template <>
 void load<float16>(float* __restrict block, const float16* __restrict from, int64_t size) {
@@ -156,6 +167,18 @@ inline __attribute__((always_inline)) void store_param(T* __restrict to, const a
     }
 }
 
+// Before a block of parameters is stored: what stochastic rounding makes of them, if it is asked for. `begin` counts
+// through the chunk.
+template <typename T>
+inline __attribute__((always_inline)) void draw_params(accumulation_t<T>* block, const RandomChunk* random,
+                                                       int64_t begin, int64_t size) {
+    if constexpr (sizeof(T) < sizeof(accumulation_t<T>)) {
+        if (random != nullptr) {
+            draw_block<T>(block, *random, begin, size);
+        }
+    }
+}
+
 // function(begin, size) for the blocks of a chunk.
 template <typename Function>
 inline __attribute__((always_inline)) void for_each_block(int64_t size, const Function& function) {
@@ -230,7 +253,8 @@ double sum_of_squares(Dtype dtype, const void* tensor, int64_t size) {
 // ---------------------------------------------------------------- perturb and combine
 
 template <typename T>
-void perturb_of(T* __restrict param, T* __restrict direction, int64_t size, accumulation_t<T> scale, bool moves) {
+void perturb_of(T* __restrict param, T* __restrict direction, int64_t size, accumulation_t<T> scale, bool moves,
+                const RandomChunk* random) {
     using A = accumulation_t<T>;
     if (!moves) {
         copy(direction, param, size * static_cast<int64_t>(sizeof(T)), false);
@@ -244,15 +268,17 @@ void perturb_of(T* __restrict param, T* __restrict direction, int64_t size, accu
             moved[i] = perturbed(theta[i], u[i], scale);
         }
         copy(direction + begin, param + begin, block_size * static_cast<int64_t>(sizeof(T)), false);
+        draw_params<T>(moved, random, begin, block_size);
         store(param + begin, moved, block_size);
     });
 }
 
-void perturb(Dtype dtype, void* param, void* direction, int64_t size, double scale, bool moves) {
+void perturb(Dtype dtype, void* param, void* direction, int64_t size, double scale, bool moves,
+             const RandomChunk* random) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         perturb_of(static_cast<T*>(param), static_cast<T*>(direction), size, static_cast<accumulation_t<T>>(scale),
-                   moves);
+                   moves, random);
     });
 }
 
@@ -352,7 +378,7 @@ inline __attribute__((always_inline)) void with_constants(const AdamWTerms& term
 }
 
 template <typename T, typename Terms>
-void sgd_step_of(const SGDChunk& chunk, int64_t size, const SGDLaunch& launch, Terms terms) {
+void sgd_step_of(const SGDChunk& chunk, int64_t size, const SGDLaunch& launch, const RandomChunk* random, Terms terms) {
     using A = accumulation_t<T>;
     const SGD<A> sgd = {static_cast<A>(launch.sgd.lr), static_cast<A>(launch.sgd.weight_decay),
                         static_cast<A>(launch.sgd.momentum), static_cast<A>(launch.sgd.one_minus_dampening)};
@@ -374,20 +400,22 @@ void sgd_step_of(const SGDChunk& chunk, int64_t size, const SGDLaunch& launch, T
                 sgd_step(theta[i], unused, d[i], sgd, terms);
             }
         }
+        draw_params<T>(theta, random, begin, block_size);
         store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
     });
 }
 
-void sgd_step(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch& launch) {
+void sgd_step(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch& launch, const RandomChunk* random) {
     with_type(dtype, [&](auto type) {
-        with_constants(launch.terms, [&](auto terms) { sgd_step_of<decltype(type)>(chunk, size, launch, terms); });
+        with_constants(launch.terms,
+                       [&](auto terms) { sgd_step_of<decltype(type)>(chunk, size, launch, random, terms); });
     });
     finish_streaming(launch.combination.is_streaming);
 }
 
 template <typename T, typename Terms>
 void adamw_step_of(const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,
-                   const BiasCorrections<double>& exact_corrections, Terms terms) {
+                   const BiasCorrections<double>& exact_corrections, const RandomChunk* random, Terms terms) {
     using A = accumulation_t<T>;
     const AdamW<A> adamw = {static_cast<A>(launch.adamw.lr),
                             static_cast<A>(launch.adamw.beta2),
@@ -418,15 +446,17 @@ void adamw_step_of(const AdamWChunk& chunk, int64_t size, const AdamWLaunch& lau
         if constexpr (Terms::amsgrad) {
             store(static_cast<T*>(chunk.max_exp_avg_sq) + begin, largest, block_size);
         }
+        draw_params<T>(theta, random, begin, block_size);
         store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
     });
 }
 
 void adamw_step(Dtype dtype, const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,
-                const BiasCorrections<double>& corrections) {
+                const BiasCorrections<double>& corrections, const RandomChunk* random) {
     with_type(dtype, [&](auto type) {
-        with_constants(launch.terms,
-                       [&](auto terms) { adamw_step_of<decltype(type)>(chunk, size, launch, corrections, terms); });
+        with_constants(launch.terms, [&](auto terms) {
+            adamw_step_of<decltype(type)>(chunk, size, launch, corrections, random, terms);
+        });
     });
     finish_streaming(launch.combination.is_streaming);
 }

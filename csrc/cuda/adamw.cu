@@ -27,13 +27,14 @@ struct Terms {
     bool decoupled;
 };
 
-template <typename A, bool kHasAmsgrad>
+template <typename A, bool kHasAmsgrad, typename Rounding>
 struct AdamWScalars {
     StepScalars<A> step;
     AdamW<A> adamw;
     A log_beta1;
     A log_beta2;
     Terms<kHasAmsgrad> terms;
+    Rounding rounding;
 };
 
 __device__ __forceinline__ float minus_expm1(float x) {
@@ -44,7 +45,7 @@ __device__ __forceinline__ double minus_expm1(double x) {
     return -expm1(x);
 }
 
-template <typename T, bool kHasAmsgrad>
+template <typename T, bool kHasAmsgrad, typename Rounding>
 struct AdamWRule : Rows<kHasAmsgrad> {
     using A = accumulation_t<T>;
     using R = Rows<kHasAmsgrad>;
@@ -53,17 +54,19 @@ struct AdamWRule : Rows<kHasAmsgrad> {
     static constexpr uint32_t reads = bit(kBackup) | bit(kGrad) | bit(kHvp) | moments;
 
     // `state_step` counts the steps before this one.
-    __device__ __forceinline__ AdamWRule(const AdamWScalars<A, kHasAmsgrad>& scalars, float state_step)
+    __device__ __forceinline__ AdamWRule(const AdamWScalars<A, kHasAmsgrad, Rounding>& scalars,
+                                         const ChunkOfTensor& chunk, float state_step)
         : writes(bit(kParam) | moments | (scalars.step.write_grads ? bit(kGrad) : 0u)),
           combination(scalars.step),
           adamw(scalars.adamw),
-          terms(scalars.terms) {
+          terms(scalars.terms),
+          rounding(scalars.rounding.of_chunk(chunk)) {
         adamw.lr = scalars.step.learning_rate();
         const A step = state_step + 1;
         corrections = {minus_expm1(step * scalars.log_beta1), square_root(minus_expm1(step * scalars.log_beta2))};
     }
 
-    __device__ __forceinline__ void operator()(T (&x)[kLists]) const {
+    __device__ __forceinline__ void operator()(T (&x)[kLists], int element) const {
         const A grad = combination(widen(x[kGrad]), widen(x[kHvp]));
         A theta = widen(x[kBackup]);
         A exp_avg = widen(x[R::kExpAvg]);
@@ -74,7 +77,7 @@ struct AdamWRule : Rows<kHasAmsgrad> {
         }
         gam_fused::adamw_step(theta, exp_avg, exp_avg_sq, max_exp_avg_sq, combination.downhill(grad), adamw,
                               corrections, terms);
-        x[kParam] = narrow<T>(theta);
+        x[kParam] = rounding.template round<T>(theta, element);
         x[kGrad] = narrow<T>(grad);
         x[R::kExpAvg] = narrow<T>(exp_avg);
         x[R::kExpAvgSq] = narrow<T>(exp_avg_sq);
@@ -88,19 +91,20 @@ struct AdamWRule : Rows<kHasAmsgrad> {
     AdamW<A> adamw;
     BiasCorrections<A> corrections;
     Terms<kHasAmsgrad> terms;
+    typename Rounding::OfChunk rounding;
 };
 
-template <typename T, bool kHasAmsgrad>
+template <typename T, bool kHasAmsgrad, typename Rounding>
 __global__ void __launch_bounds__(kThreads, Rows<kHasAmsgrad>::kBlocks)
     adamw_kernel(const __grid_constant__ TensorTable<Rows<kHasAmsgrad>::kRows> table,
-                 const __grid_constant__ AdamWScalars<accumulation_t<T>, kHasAmsgrad> scalars) {
+                 const __grid_constant__ AdamWScalars<accumulation_t<T>, kHasAmsgrad, Rounding> scalars) {
     if (!scalars.step.holds()) {
         restore_all<T>(table);
         return;
     }
-    for_each_element<T>(table, [&](uint32_t tensor) {
-        const auto* const state_step = static_cast<const float*>(table.address[Rows<kHasAmsgrad>::kStateStep][tensor]);
-        return AdamWRule<T, kHasAmsgrad>(scalars, *state_step);
+    for_each_element<T>(table, [&](const ChunkOfTensor& chunk) {
+        const void* const state_step = table.address[Rows<kHasAmsgrad>::kStateStep][chunk.tensor];
+        return AdamWRule<T, kHasAmsgrad, Rounding>(scalars, chunk, *static_cast<const float*>(state_step));
     });
 }
 
@@ -122,15 +126,19 @@ void launch(const Target& target, const std::vector<int64_t>& numels,
             const AdamWArguments& adamw) {
     using A = accumulation_t<T>;
     const StepScalars<A> common(step);
-    const AdamWScalars<A, kHasAmsgrad> scalars = {
-        common,
-        {common.lr, static_cast<A>(adamw.beta2), static_cast<A>(1 - adamw.beta1), static_cast<A>(1 - adamw.beta2),
-         static_cast<A>(adamw.eps), static_cast<A>(adamw.weight_decay)},
-        static_cast<A>(std::log(adamw.beta1)),
-        static_cast<A>(std::log(adamw.beta2)),
-        {adamw.weight_decay != 0, adamw.decoupled_weight_decay}};
-    launch_over_tensors<Rows<kHasAmsgrad>::kRows, Rows<kHasAmsgrad>::kBlocks>(target, numels, rows,
-                                                                              adamw_kernel<T, kHasAmsgrad>, scalars);
+    with_rounding<T>(step.rounding_seed, [&](auto rounding) {
+        using Rounding = decltype(rounding);
+        const AdamWScalars<A, kHasAmsgrad, Rounding> scalars = {
+            common,
+            {common.lr, static_cast<A>(adamw.beta2), static_cast<A>(1 - adamw.beta1), static_cast<A>(1 - adamw.beta2),
+             static_cast<A>(adamw.eps), static_cast<A>(adamw.weight_decay)},
+            static_cast<A>(std::log(adamw.beta1)),
+            static_cast<A>(std::log(adamw.beta2)),
+            {adamw.weight_decay != 0, adamw.decoupled_weight_decay},
+            rounding};
+        launch_over_tensors<Rows<kHasAmsgrad>::kRows, Rows<kHasAmsgrad>::kBlocks>(
+            target, numels, rows, adamw_kernel<T, kHasAmsgrad, Rounding>, scalars);
+    });
 
     const Addresses& state_steps = *rows[Rows<kHasAmsgrad>::kStateStep];
     const std::vector<int64_t> one_each(state_steps.size(), 1);

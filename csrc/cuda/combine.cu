@@ -23,7 +23,7 @@ struct CombineRule {
 
     A scale;
 
-    __device__ __forceinline__ void operator()(T (&x)[kLists]) const {
+    __device__ __forceinline__ void operator()(T (&x)[kLists], int) const {
         x[kParam] = x[kBackup];
         x[kGrad] = narrow<T>(combined(widen(x[kGrad]), widen(x[kHvp]), scale));
     }
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, CombineRule<T>::kBlocks)
     combine_kernel(const __grid_constant__ TensorTable<CombineRule<T>::kLists> table,
                    const __grid_constant__ PenaltyScalars<accumulation_t<T>> penalty) {
     const CombineRule<T> rule = {penalty.scale()};
-    for_each_element<T>(table, [&](uint32_t) { return rule; });
+    for_each_element<T>(table, [&](const ChunkOfTensor&) { return rule; });
 }
 
 }  // namespace

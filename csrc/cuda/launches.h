@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../dtype.h"
@@ -45,7 +46,8 @@ void l2_norms(const Target& target, const Elements& elements, const Addresses& t
 // ---------------------------------------------------------------- perturb, restore, combine
 
 void perturb(const Target& target, const Elements& elements, const Addresses& params, const Addresses& directions,
-             const void* direction_norm, const void* grad_norm, double rho, double xi);
+             const void* direction_norm, const void* grad_norm, double rho, double xi,
+             const std::optional<uint64_t>& rounding_seed);
 
 void restore(const Target& target, const Elements& elements, const Addresses& params, const Addresses& backups);
 

@@ -30,8 +30,9 @@ constexpr int blocks_per_multiprocessor(int packs_in_flight) {
 }
 
 struct ChunkOfTensor {
-    uint32_t number;  // among all chunks of the launch
-    uint32_t tensor;
+    uint32_t number;         // among all chunks of the launch
+    uint32_t tensor;         // in the table
+    uint32_t place_in_list;  // of the tensor
     int64_t begin;
     int count;  // of elements
 };
@@ -43,16 +44,18 @@ struct TensorTable {
 
     void* address[kRows][kCapacity];
     int64_t numel[kCapacity];
-    int64_t chunks_before;  // in earlier launches
-    uint32_t first_chunk[kCapacity + 1];
+    int64_t chunks_before;    // in earlier launches
+    uint32_t tensors_before;  // in the list, before the first of this launch
     uint32_t tensors;
+    uint32_t first_chunk[kCapacity + 1];
 
     __device__ __forceinline__ uint32_t chunks() const { return first_chunk[tensors]; }
 
     __device__ __forceinline__ ChunkOfTensor chunk(uint32_t number) const {
         uint32_t low = 0;
         uint32_t high = tensors;
-        while (high - low > 1) {  // first_chunk[low] <= number < first_chunk[high]
+        // first_chunk[low] <= number < first_chunk[high]: never a tensor without elements
+        while (high - low > 1) {
             const uint32_t middle = (low + high) / 2;
             if (first_chunk[middle] <= number) {
                 low = middle;
@@ -62,7 +65,7 @@ struct TensorTable {
         }
         const int64_t begin = (number - first_chunk[low]) * kCudaChunk;
         const int64_t left = numel[low] - begin;
-        return {number, low, begin, static_cast<int>(left < kCudaChunk ? left : kCudaChunk)};
+        return {number, low, tensors_before + low, begin, static_cast<int>(left < kCudaChunk ? left : kCudaChunk)};
     }
 };
 
@@ -131,14 +134,14 @@ constexpr GAM_FUSED_HD uint32_t bit(int list) {
 // Applies a rule to each element of this block. A rule has
 //     kLists           how many rows of the table hold tensors, counted from the first
 //     reads, writes    bits of the lists that it reads and writes: constants, or variables equal in all threads
-//     operator()(x)    x[list] is the element of each list
-// and rule_for(tensor) makes it, once for each chunk.
+//     operator()(x, i) x[list] is the i-th element of the chunk in each list
+// and rule_for(ChunkOfTensor) makes it, once for each chunk.
 template <typename T, int kRows, typename RuleFor>
 __device__ __forceinline__ void for_each_element(const TensorTable<kRows>& table, RuleFor rule_for) {
-    constexpr int kLists = decltype(rule_for(0u))::kLists;
+    constexpr int kLists = decltype(rule_for(ChunkOfTensor{}))::kLists;
     static_assert(kLists <= kRows);
     for_each_chunk(table, [&](const ChunkOfTensor& chunk) {
-        const auto rule = rule_for(chunk.tensor);
+        const auto rule = rule_for(chunk);
         T* elements[kLists];
         bool aligned = true;
 #pragma unroll
@@ -171,7 +174,7 @@ __device__ __forceinline__ void for_each_element(const TensorTable<kRows>& table
                 for (int list = 0; list < kLists; ++list) {
                     x[list] = packs[list].lane[lane];
                 }
-                rule(x);
+                rule(x, first + lane);
 #pragma unroll
                 for (int list = 0; list < kLists; ++list) {
                     packs[list].lane[lane] = x[list];
@@ -223,18 +226,16 @@ void launch_over_tensors(const Target& target, const std::vector<int64_t>& numel
     for (const Launch& launch : plan_launches(numels, kRows)) {
         TensorTable<kRows> table;
         table.chunks_before = chunks_before;
+        table.tensors_before = static_cast<uint32_t>(launch.begin);
         table.tensors = 0;
         uint32_t chunks = 0;
         for (size_t i = launch.begin; i < launch.end; ++i) {
-            if (numels[i] == 0) {
-                continue;
-            }
             for (int row = 0; row < kRows; ++row) {
                 table.address[row][table.tensors] = (*rows[row])[i];
             }
             table.numel[table.tensors] = numels[i];
             table.first_chunk[table.tensors] = chunks;
-            chunks += static_cast<uint32_t>((numels[i] - 1) / kCudaChunk + 1);
+            chunks += static_cast<uint32_t>(chunks_of(numels[i], kCudaChunk));
             ++table.tensors;
         }
         table.first_chunk[table.tensors] = chunks;

@@ -16,20 +16,21 @@ struct Terms {
     bool first_step;
 };
 
-template <typename A, bool kHasMomentum>
+template <typename A, bool kHasMomentum, typename Rounding>
 struct SGDScalars {
     StepScalars<A> step;
     SGD<A> sgd;
     Terms<kHasMomentum> terms;
+    Rounding rounding;
 };
 
-template <typename T, bool kHasMomentum>
+template <typename T, bool kHasMomentum, typename Rounding>
 struct SGDRule {
     using A = accumulation_t<T>;
     static constexpr int kLists = kHasMomentum ? kMomentum + 1 : kRestoredLists;
     static constexpr int kBlocks = blocks_per_multiprocessor(kLists - 1);  // parameters are not read
 
-    __device__ __forceinline__ explicit SGDRule(const SGDScalars<A, kHasMomentum>& scalars)
+    __device__ __forceinline__ explicit SGDRule(const SGDScalars<A, kHasMomentum, Rounding>& scalars)
         : reads(bit(kBackup) | bit(kGrad) | bit(kHvp)),
           writes(bit(kParam)),
           combination(scalars.step),
@@ -47,7 +48,7 @@ struct SGDRule {
         }
     }
 
-    __device__ __forceinline__ void operator()(T (&x)[kLists]) const {
+    __device__ __forceinline__ void operator()(T (&x)[kLists], int element) const {
         const A grad = combination(widen(x[kGrad]), widen(x[kHvp]));
         A theta = widen(x[kBackup]);
         A buffer = 0;
@@ -55,7 +56,7 @@ struct SGDRule {
             buffer = widen(x[kMomentum]);
         }
         sgd_step(theta, buffer, combination.downhill(grad), sgd, terms);
-        x[kParam] = narrow<T>(theta);
+        x[kParam] = rounding.template round<T>(theta, element);
         x[kGrad] = narrow<T>(grad);
         if constexpr (kHasMomentum) {
             x[kMomentum] = narrow<T>(buffer);
@@ -67,18 +68,22 @@ struct SGDRule {
     Combination<A> combination;
     SGD<A> sgd;
     Terms<kHasMomentum> terms;
+    typename Rounding::OfChunk rounding;
 };
 
-template <typename T, bool kHasMomentum>
-__global__ void __launch_bounds__(kThreads, SGDRule<T, kHasMomentum>::kBlocks)
-    sgd_kernel(const __grid_constant__ TensorTable<SGDRule<T, kHasMomentum>::kLists> table,
-               const __grid_constant__ SGDScalars<accumulation_t<T>, kHasMomentum> scalars) {
+template <typename T, bool kHasMomentum, typename Rounding>
+__global__ void __launch_bounds__(kThreads, SGDRule<T, kHasMomentum, Rounding>::kBlocks)
+    sgd_kernel(const __grid_constant__ TensorTable<SGDRule<T, kHasMomentum, Rounding>::kLists> table,
+               const __grid_constant__ SGDScalars<accumulation_t<T>, kHasMomentum, Rounding> scalars) {
     if (!scalars.step.holds()) {
         restore_all<T>(table);
         return;
     }
-    const SGDRule<T, kHasMomentum> rule(scalars);
-    for_each_element<T>(table, [&](uint32_t) { return rule; });
+    SGDRule<T, kHasMomentum, Rounding> rule(scalars);
+    for_each_element<T>(table, [&](const ChunkOfTensor& chunk) {
+        rule.rounding = scalars.rounding.of_chunk(chunk);
+        return rule;
+    });
 }
 
 }  // namespace
@@ -92,19 +97,24 @@ void sgd_step(const Target& target, const Elements& elements, const Restored& li
         const SGD<A> numbers = {common.lr, static_cast<A>(sgd.weight_decay), static_cast<A>(sgd.momentum),
                                 static_cast<A>(1 - sgd.dampening)};
         const bool has_decay = sgd.weight_decay != 0;
-        if (sgd.momentum != 0) {
-            const SGDScalars<A, true> scalars = {common, numbers, {has_decay, sgd.nesterov, sgd.first_step}};
-            using Rule = SGDRule<T, true>;
-            launch_over_tensors<Rule::kLists, Rule::kBlocks>(
-                target, elements.numels, {&lists.params, &lists.backups, &lists.grads, &lists.hvps, &momentum_buffers},
-                sgd_kernel<T, true>, scalars);
-        } else {
-            const SGDScalars<A, false> scalars = {common, numbers, {has_decay, false, false}};
-            using Rule = SGDRule<T, false>;
-            launch_over_tensors<Rule::kLists, Rule::kBlocks>(target, elements.numels,
-                                                             {&lists.params, &lists.backups, &lists.grads, &lists.hvps},
-                                                             sgd_kernel<T, false>, scalars);
-        }
+        with_rounding<T>(step.rounding_seed, [&](auto rounding) {
+            using Rounding = decltype(rounding);
+            if (sgd.momentum != 0) {
+                using Rule = SGDRule<T, true, Rounding>;
+                const SGDScalars<A, true, Rounding> scalars = {
+                    common, numbers, {has_decay, sgd.nesterov, sgd.first_step}, rounding};
+                launch_over_tensors<Rule::kLists, Rule::kBlocks>(
+                    target, elements.numels,
+                    {&lists.params, &lists.backups, &lists.grads, &lists.hvps, &momentum_buffers},
+                    sgd_kernel<T, true, Rounding>, scalars);
+            } else {
+                using Rule = SGDRule<T, false, Rounding>;
+                const SGDScalars<A, false, Rounding> scalars = {common, numbers, {has_decay, false, false}, rounding};
+                launch_over_tensors<Rule::kLists, Rule::kBlocks>(
+                    target, elements.numels, {&lists.params, &lists.backups, &lists.grads, &lists.hvps},
+                    sgd_kernel<T, false, Rounding>, scalars);
+            }
+        });
     });
 }
 

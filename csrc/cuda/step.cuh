@@ -4,6 +4,7 @@
 
 #include "../update_rules.h"
 #include "multi_tensor.cuh"
+#include "rounding.cuh"
 
 namespace gam_fused::cuda {
 
@@ -17,12 +18,12 @@ struct RestoreRule {
     static constexpr uint32_t writes = bit(kParam);
     static constexpr int kBlocks = blocks_per_multiprocessor(1);
 
-    __device__ __forceinline__ void operator()(T (&x)[kLists]) const { x[kParam] = x[kBackup]; }
+    __device__ __forceinline__ void operator()(T (&x)[kLists], int) const { x[kParam] = x[kBackup]; }
 };
 
 template <typename T, int kRows>
 __device__ __forceinline__ void restore_all(const TensorTable<kRows>& table) {
-    for_each_element<T>(table, [](uint32_t) { return RestoreRule<T>{}; });
+    for_each_element<T>(table, [](const ChunkOfTensor&) { return RestoreRule<T>{}; });
 }
 
 template <typename A>

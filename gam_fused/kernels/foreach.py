@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.kernels.interface import Backend, accumulation_dtype
+from gam_fused.kernels.rounding import places_of, rounded
 from gam_fused.kernels.rules import TensorList
 from gam_fused.kernels.validation import checked
 
@@ -65,8 +66,10 @@ class ForeachBackend(Backend):
         grad_norm: Tensor,
         rho: float,
         xi: float,
+        *,
+        rounding_seed: int | None = None,
     ) -> None:
-        """See :meth:`Backend.perturb_`."""
+        """See :meth:`Backend.perturb_`. Rounds stochastically one tensor after another."""
         if not params:
             return
         wide = accumulation_dtype(params[0].dtype)
@@ -80,9 +83,16 @@ class ForeachBackend(Backend):
         for batch in _batches(params):
             moved = torch._foreach_mul(_cast(directions[batch], wide), scale)
             torch._foreach_add_(moved, _cast(params[batch], wide))
+            if rounding_seed is None:
+                points = _cast(moved, params[0].dtype)
+            else:
+                here = zip(range(*batch.indices(len(params))), moved, strict=True)
+                points = [
+                    rounded(point, params[0].dtype, rounding_seed, i, places_of([params[i], directions[i]]))
+                    for i, point in here
+                ]
             adversarial += [
-                torch.where(is_finite, point, param)
-                for point, param in zip(_cast(moved, params[0].dtype), params[batch], strict=True)
+                torch.where(is_finite, point, param) for point, param in zip(points, params[batch], strict=True)
             ]
         torch._foreach_copy_(list(directions), list(params))
         torch._foreach_copy_(list(params), adversarial)

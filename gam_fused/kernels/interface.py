@@ -35,6 +35,9 @@ class Backend(ABC):
 
     name: ClassVar[str]
 
+    is_for_tests_on_cpu: ClassVar[bool] = False
+    """Whether ``auto`` leaves it alone where all tensors are on the CPU."""
+
     @staticmethod
     @abstractmethod
     def unavailable_reason(device: torch.device | None = None) -> str | None:
@@ -63,12 +66,17 @@ class Backend(ABC):
         grad_norm: Tensor,
         rho: float,
         xi: float,
+        *,
+        rounding_seed: int | None = None,
     ) -> None:
         """Swap in the adversarial point: ``params!`` ← θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)), ``directions!`` ← θ.
 
         The direction buffer becomes the backup, so that restoring is exact to the bit and costs no extra memory.
         Backups are complete before the first parameter is written. Where a norm or the quotient is not finite, the
         parameters keep their values, so that no loss is evaluated at a point that is none; backups are written as ever.
+
+        With ``rounding_seed``, bfloat16 and float16 parameters are rounded stochastically
+        (:mod:`gam_fused.kernels.rounding`), without it to nearest.
         """
 
     @abstractmethod

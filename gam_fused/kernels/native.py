@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gam_fused.kernels import extension, operators
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.layouts import copy_back, dense_copies
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
 from gam_fused.kernels.validation import validate_lists, validate_steps
 
@@ -59,10 +60,13 @@ class NativeBackend(FusingBackend):
         grad_norm: Tensor,
         rho: float,
         xi: float,
+        *,
+        rounding_seed: int | None = None,
     ) -> None:
         """See :meth:`Backend.perturb_`."""
         norms = _like(direction_norm, params), _like(grad_norm, params)
-        self._launch("perturb_", {"params": params, "directions": directions}, (*norms, rho, xi))
+        lists = {"params": params, "directions": directions}
+        self._launch("perturb_", lists, (*norms, rho, xi), rounding_seed=_int64(rounding_seed))
 
     @torch.no_grad()
     def restore_(self, params: TensorList, backups: TensorList) -> None:
@@ -123,6 +127,7 @@ class NativeBackend(FusingBackend):
             write_grads=descent.write_grads,
             grad_scale=descent.grad_scale,
             found_inf=descent.found_inf,
+            rounding_seed=_int64(descent.rounding_seed),
             **options,
         )
 
@@ -148,11 +153,7 @@ class NativeBackend(FusingBackend):
             if not dense:
                 raise
             result = run({key: dense.get(key, tensors) for key, tensors in lists.items()})
-            # Backwards: backups are complete before the first parameter is written.
-            for key in reversed(operators.WRITTEN[name]):
-                for tensor, copy in zip(lists[key], dense.get(key, ()), strict=False):
-                    if copy is not tensor:
-                        tensor.copy_(copy)
+            copy_back(lists, dense, operators.WRITTEN[name])
         # Last: until every byte is written, versions say that none is.
         operators.count_mutations(name, lists)
         return result
@@ -165,42 +166,18 @@ def _dense_copies(name: str, lists: _Lists) -> _Lists:
     """
     steps = lists.get("state_steps")
     lists = {key: tensors for key, tensors in lists.items() if key != "state_steps"}
-    if not operators.WRITTEN[name]:  # norms: of lists that have nothing to do with each other
+    written = operators.WRITTEN[name]
+    if not written:  # norms: of lists that have nothing to do with each other
         for key, tensors in lists.items():
             validate_lists(reads={key: tensors}, same_shape=False)
-        odd = {key: [not _is_dense(tensor) for tensor in tensors] for key, tensors in lists.items()}
-    else:
-        validate_lists(
-            writes={key: tensors for key, tensors in lists.items() if key in operators.WRITTEN[name]},
-            reads={key: tensors for key, tensors in lists.items() if key not in operators.WRITTEN[name]},
-        )
-        if steps is not None:
-            validate_steps(steps, lists["params"])
-        # At every index where one has gaps or another layout than the rest.
-        at_index = [
-            not _is_dense(tensors[0]) or any(tensor.stride() != tensors[0].stride() for tensor in tensors)
-            for tensors in zip(*lists.values(), strict=True)
-        ]
-        odd = dict.fromkeys(lists, at_index)
-    if not any(map(any, odd.values())):
-        return {}
-    return {
-        key: [_dense(tensor) if is_odd else tensor for tensor, is_odd in zip(tensors, odd[key], strict=True)]
-        for key, tensors in lists.items()
-    }
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    run = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != run and tensor.numel():
-            return False
-        run *= size
-    return True
+        return dense_copies(lists, element_by_element=False)
+    validate_lists(
+        writes={key: tensors for key, tensors in lists.items() if key in written},
+        reads={key: tensors for key, tensors in lists.items() if key not in written},
+    )
+    if steps is not None:
+        validate_steps(steps, lists["params"])
+    return dense_copies(lists)
 
 
 def _like(scalar: Tensor, tensors: TensorList) -> Tensor:
@@ -209,6 +186,11 @@ def _like(scalar: Tensor, tensors: TensorList) -> Tensor:
         return scalar
     wide, device = accumulation_dtype(tensors[0].dtype), tensors[0].device
     return scalar if scalar.dtype == wide and scalar.device == device else scalar.to(device, wide)
+
+
+def _int64(seed: int | None) -> int | None:
+    """The number of 64 bits with a sign that equals ``seed`` modulo 2⁶⁴: what an operator can be given."""
+    return None if seed is None else (seed + 2**63) % 2**64 - 2**63
 
 
 def _learning_rate(lr: float | Tensor, params: TensorList) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.rounding import places_of, rounded
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
 from gam_fused.kernels.validation import checked, validate_lists, validate_steps
 
@@ -48,14 +50,17 @@ class ReferenceBackend(FusingBackend):
         grad_norm: Tensor,
         rho: float,
         xi: float,
+        *,
+        rounding_seed: int | None = None,
     ) -> None:
         """See :meth:`Backend.perturb_`."""
         adversarial = []
-        for param, direction in zip(params, directions, strict=True):
+        for i, (param, direction) in enumerate(zip(params, directions, strict=True)):
             wide = accumulation_dtype(param.dtype)
             norm_u, norm_g = direction_norm.to(param.device, wide), grad_norm.to(param.device, wide)
             scale = rho / (norm_u + xi * (norm_g + xi))
-            moved = (param.to(wide) + scale * direction.to(wide)).to(param.dtype)
+            moved = param.to(wide) + scale * direction.to(wide)
+            moved = rounded(moved, param.dtype, rounding_seed, i, _places(rounding_seed, [param, direction]))
             adversarial.append(torch.where(norm_u.isfinite() & norm_g.isfinite() & scale.isfinite(), moved, param))
         for param, direction in zip(params, directions, strict=True):
             direction.copy_(param)
@@ -97,6 +102,7 @@ class ReferenceBackend(FusingBackend):
         _copy(descent.params, descent.backups)
         if not _holds(descent):
             return
+        momentum = [momentum_buffers] if momentum_buffers else []
         for i, param in enumerate(descent.params):
             wide = accumulation_dtype(param.dtype)
             theta = param.to(wide)
@@ -108,7 +114,7 @@ class ReferenceBackend(FusingBackend):
                 buffer = d if first_step else rule.momentum * old + (1 - rule.dampening) * d
                 momentum_buffers[i].copy_(buffer)
                 d = d + rule.momentum * buffer if rule.nesterov else buffer
-            param.copy_(theta - float(rule.lr) * d)
+            param.copy_(_rounded(theta - float(rule.lr) * d, descent, i, momentum))
 
     @torch.no_grad()
     def adamw_step_(self, descent: Descent, state: AdamWState, rule: AdamWRule) -> None:
@@ -142,12 +148,23 @@ class ReferenceBackend(FusingBackend):
                 square = torch.maximum(state.max_exp_avg_sqs[i].to(wide), square)
                 state.max_exp_avg_sqs[i].copy_(square)
             denominator = square.sqrt() / math.sqrt(1 - beta2**step) + rule.eps
-            param.copy_(theta - lr / (1 - beta1**step) * mean / denominator)
+            stepped = theta - lr / (1 - beta1**step) * mean / denominator
+            param.copy_(_rounded(stepped, descent, i, list(moments.values())))
 
 
 def _copy(to: TensorList, tensors: TensorList) -> None:
     for target, tensor in zip(to, tensors, strict=True):
         target.copy_(tensor)
+
+
+def _places(rounding_seed: int | None, tensors: TensorList) -> Tensor | None:
+    return None if rounding_seed is None else places_of(tensors)
+
+
+def _rounded(stepped: Tensor, descent: Descent, i: int, state: Sequence[TensorList]) -> Tensor:
+    lists = [descent.params, descent.backups, descent.grads, descent.hvps, *state]
+    places = _places(descent.rounding_seed, [tensors[i] for tensors in lists])
+    return rounded(stepped, descent.params[i].dtype, descent.rounding_seed, i, places)
 
 
 def _validate(descent: Descent, state: dict[str, TensorList]) -> None:

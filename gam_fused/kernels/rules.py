@@ -27,6 +27,8 @@ class Descent:
         write_grads: whether the combined gradient, divided by ``grad_scale``, is left in ``grads``.
         grad_scale: float32, 0-d: the combined gradient is divided by it (``torch.amp.GradScaler``).
         found_inf: float32, 0-d: 0 where the step is to be taken.
+        rounding_seed: with it, bfloat16 and float16 parameters are rounded stochastically
+            (:mod:`gam_fused.kernels.rounding`), without it to nearest.
     """
 
     params: TensorList
@@ -41,6 +43,7 @@ class Descent:
     write_grads: bool = True
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    rounding_seed: int | None = None
 
 
 @dataclass(frozen=True)

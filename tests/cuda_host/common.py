@@ -93,7 +93,7 @@ class Common:
         return self.lr if self.lr_tensor is None else self.lr_tensor
 
 
-def run_sgd(kernels, common, settings, lists, momentum_buffers, *, first_step=False, offsets=None):
+def run_sgd(kernels, common, settings, lists, momentum_buffers, *, first_step=False, offsets=None, rounding_seed=None):
     momentum, dampening, decay, nesterov = (
         settings.get(key, 0) for key in ("momentum", "dampening", "weight_decay", "nesterov")
     )
@@ -104,10 +104,11 @@ def run_sgd(kernels, common, settings, lists, momentum_buffers, *, first_step=Fa
         numbers=[momentum, dampening, decay, nesterov, first_step, *penalty, *rest],
         scalars=common.scalars(lists[0][0].dtype),
         offsets=None if offsets is None else [offsets] * (5 if momentum else 4),
+        rounding_seed=rounding_seed,
     )
 
 
-def run_adamw(kernels, optimizer_class, common, settings, lists, state, *, offsets=None):
+def run_adamw(kernels, optimizer_class, common, settings, lists, state, *, offsets=None, rounding_seed=None):
     beta1, beta2 = settings.get("betas", (0.9, 0.999))
     decay, amsgrad = settings.get("weight_decay", 0.0), settings.get("amsgrad", False)
     decoupled = optimizer_class is torch.optim.AdamW
@@ -119,6 +120,7 @@ def run_adamw(kernels, optimizer_class, common, settings, lists, state, *, offse
         numbers=[beta1, beta2, settings.get("eps", 1e-8), decay, decoupled, amsgrad, *penalty, *rest],
         scalars=common.scalars(lists[0][0].dtype),
         offsets=None if offsets is None else [*[offsets] * (len(lists) + len(moments) - 1), [0] * len(offsets)],
+        rounding_seed=rounding_seed,
     )
 
 

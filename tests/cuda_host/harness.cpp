@@ -1,9 +1,10 @@
 // Runs one launch function of csrc/cuda/launches.h on the CPU: harness CASE RESULT
 //
 // CASE holds, in this byte order and without padding: operator, seed of the order of blocks, number of multiprocessors,
-// dtype, numbers (doubles), sizes of tensors (int64), and buffers: how far each is off a 16-byte boundary, and its
-// bytes. Buffers are the tensors of each list in turn, then device scalars, an empty one standing for a null pointer.
-// RESULT holds the bytes of all buffers afterwards. kernels_on_host.py writes the one and reads the other.
+// dtype, whether parameters are rounded stochastically, the seed of that, numbers (doubles), sizes of tensors (int64),
+// and buffers: how far each is off a 16-byte boundary, and its bytes. Buffers are the tensors of each list in turn,
+// then device scalars, an empty one standing for a null pointer. RESULT holds the bytes of all buffers afterwards.
+// kernels_on_host.py writes the one and reads the other.
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -98,12 +100,19 @@ struct Case {
           seed(reader.number<uint32_t>()),
           target{nullptr, reader.number<int32_t>()},
           dtype(static_cast<Dtype>(reader.number<int32_t>())),
+          rounding_seed(optional_seed(reader)),
           numbers(reader.numbers<double>()),
           numels(reader.numbers<int64_t>()) {
         const auto count = reader.number<uint64_t>();
         for (uint64_t i = 0; i < count; ++i) {
             buffers.push_back(reader.buffer());
         }
+    }
+
+    static std::optional<uint64_t> optional_seed(Reader& reader) {
+        const bool is_given = reader.number<uint8_t>() != 0;
+        const auto seed = reader.number<uint64_t>();
+        return is_given ? std::optional(seed) : std::nullopt;
     }
 
     // Arguments in the order in which they were written.
@@ -133,6 +142,7 @@ struct Case {
     uint32_t seed;
     Target target;
     Dtype dtype;
+    std::optional<uint64_t> rounding_seed;
     std::vector<double> numbers;
     std::vector<int64_t> numels;
     std::vector<Buffer> buffers;
@@ -157,7 +167,7 @@ struct Case {
     const void* const grad_norm = c.scalar();
     const double rho = c.number();
     const double xi = c.number();
-    perturb(c.target, {c.dtype, c.numels}, params, directions, direction_norm, grad_norm, rho, xi);
+    perturb(c.target, {c.dtype, c.numels}, params, directions, direction_norm, grad_norm, rho, xi, c.rounding_seed);
 }
 
 [[maybe_unused]] void run_restore(Case& c) {
@@ -196,9 +206,10 @@ struct Step {
         lr = c.number();
         maximize = c.flag();
         write_grads = c.flag();
+        rounding_seed = c.rounding_seed;
     }
     StepArguments arguments() const {
-        return {penalty, guards, grad_scale, found_inf, lr_tensor, lr, maximize, write_grads};
+        return {penalty, guards, grad_scale, found_inf, lr_tensor, lr, maximize, write_grads, rounding_seed};
     }
 
     Penalty penalty;
@@ -209,6 +220,7 @@ struct Step {
     double lr;
     bool maximize;
     bool write_grads;
+    std::optional<uint64_t> rounding_seed;
 };
 
 [[maybe_unused]] void run_sgd_step(Case& c) {

@@ -95,6 +95,7 @@ class KernelsOnHost:
         numbers: Sequence[float],
         scalars: Sequence[Tensor | None] = (),
         offsets: Sequence[Sequence[int]] | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
         """Run an operator on lists of equally many tensors; scalars and numbers in the order of harness.cpp."""
         dtype = lists[0][0].dtype if lists[0] else torch.float32
@@ -109,6 +110,7 @@ class KernelsOnHost:
         buffers += [(0, scalar) for scalar in scalars]
 
         case = [_counted(operator.encode()), struct.pack("=Iii", self.seed, self.multiprocessors, DTYPES.index(dtype))]
+        case.append(struct.pack("=?Q", rounding_seed is not None, rounding_seed or 0))
         case.append(struct.pack(f"=Q{len(numbers)}d", len(numbers), *numbers))
         case.append(struct.pack(f"=Q{len(numels)}q", len(numels), *numels))
         case.append(struct.pack("=Q", len(buffers)))

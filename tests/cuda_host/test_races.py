@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from gam_fused.kernels.rounding import rounded
 from tests.cuda_host.common import (
     CHUNK,
     Common,
@@ -38,6 +39,17 @@ def perturbs(kernels: KernelsOnHost) -> None:
     assert_rounded(params, [t + 0.5 * u for t, u in zip(double(theta), double(direction), strict=True)])
 
 
+def rounds_stochastically(kernels: KernelsOnHost) -> None:
+    # More tensors than the smaller tables hold, one without elements among them.
+    sizes = (5, 0, *range(1, 9), CHUNK + 9)
+    theta, direction = random_list(torch.bfloat16, sizes), random_list(torch.bfloat16, sizes)
+    params = copies(theta)
+    scalars = [torch.tensor(1.0), torch.tensor(1.0)]
+    kernels.call("perturb", [params, copies(direction)], numbers=[0.5, 0.0], scalars=scalars, rounding_seed=3)
+    moved = [t.float() + 0.5 * u.float() for t, u in zip(theta, direction, strict=True)]
+    assert_bitwise(params, [rounded(m, torch.bfloat16, 3, i, torch.arange(len(m))) for i, m in enumerate(moved)])
+
+
 def takes_norms(kernels: KernelsOnHost) -> None:
     # Several chunks for each of the four blocks, so that shared memory is used again.
     tensors = [torch.ones(size) for size in (CHUNK,) * 8 + (100,)]
@@ -46,6 +58,7 @@ def takes_norms(kernels: KernelsOnHost) -> None:
 
 def test_no_data_race(threads):
     perturbs(threads)
+    rounds_stochastically(threads)
     takes_norms(threads)
     lists = [random_list(torch.bfloat16, (9, 4000)) for _ in range(5)]
     run_sgd(threads, Common(), {"momentum": 0.9}, lists[:4], lists[4])
@@ -91,6 +104,12 @@ BREAKS = {
     "a block that skips every second of its chunks": (
         "perturb", "cuda/multi_tensor.cuh", "number += gridDim.x", "number += 2 * gridDim.x", ADDRESS, perturbs,
         "assert",
+    ),
+    "a tensor that is numbered without those that have no elements": (
+        "perturb", "cuda/multi_tensor.cuh",
+        "for (size_t i = launch.begin; i < launch.end; ++i) {",
+        "for (size_t i = launch.begin; i < launch.end; ++i) {\n            if (numels[i] == 0) continue;",
+        ADDRESS, rounds_stochastically, "assert",
     ),
 }  # fmt: skip
 

@@ -34,6 +34,13 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name).default, tuple(args), options)
 
 
+@pytest.mark.parametrize("name", ["perturb_", "sgd_step_", "adamw_step_"])
+def test_opcheck_with_a_rounding_seed(name: str) -> None:
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
+    args, options = Call(name, [(3,), (2, 5), ()], torch.bfloat16).arguments()
+    torch.library.opcheck(getattr(ops, name).default, tuple(args), {**options, "rounding_seed": -(2**63)})
+
+
 def run_through_backend(call: Call) -> None:
     native = kernels.resolve("native")
     args, _ = call.arguments()

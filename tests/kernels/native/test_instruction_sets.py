@@ -67,24 +67,27 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             a, b = lists(dtype, 2, sizes, kind)
             alone = [ops.l2_norm([t]) for t in (*a, *b)]  # before a long list's other sums hide the last bits
             show("l2_norm", [*alone, ops.l2_norm(a), *ops.l2_norm_pair(a, b)])
+            c, d = lists(dtype, 2, sizes, kind)
             ops.perturb_(a, b, n(1.7), n(2.5), scale, 0.01)
+            ops.perturb_(c, d, n(1.7), n(2.5), scale, 0.01, rounding_seed=7)
             show("perturb_", [*a, *b])
+            show("perturb_ with a seed", [*c, *d])
             a, b, c, d = lists(dtype, 4, sizes, kind)
             ops.combine_(a, b, c, d, n(1.7), 1.0, scale, 0.01)
             show("combine_", [*a, *c])
         for rule in RULES["sgd_step_"]:
-            for scaled in ({}, {"grad_scale": torch.tensor(3.0), "write_grads": False}):
+            for scaled in ({}, {"grad_scale": torch.tensor(3.0), "write_grads": False}, {"rounding_seed": -1}):
                 p, b, g, h, m = lists(dtype, 5, sizes, kind)
                 rest = (m if rule["momentum"] else [], n(1.7), [n(1.0)], 0.3, 0.7, 0.01)
                 ops.sgd_step_(p, b, g, h, *rest, lr=0.05, **rule, **scaled)
-                show(f"sgd_step_ {rule} {bool(scaled)}", [*p, *g, *m])
-        for rule in RULES["adamw_step_"]:
+                show(f"sgd_step_ {rule} {list(scaled)}", [*p, *g, *m])
+        for rule, seed in itertools.product(RULES["adamw_step_"], (None, 7)):
             p, b, g, h, m, v, x = lists(dtype, 7, sizes, kind)
             v, x = [t.abs() for t in v], [t.abs() for t in x]
             steps = [torch.tensor(4.0) for _ in sizes]
             rest = (x if rule["amsgrad"] else [], steps, n(1.7), [], 0.3, 0.7, 0.01)
-            ops.adamw_step_(p, b, g, h, m, v, *rest, lr=0.05, **rule)
-            show(f"adamw_step_ {rule}", [*p, *g, *m, *v, *x, *steps])
+            ops.adamw_step_(p, b, g, h, m, v, *rest, lr=0.05, **rule, rounding_seed=seed)
+            show(f"adamw_step_ {rule} {seed}", [*p, *g, *m, *v, *x, *steps])
     sizes = [5, 17 * 2**20 // dtype.itemsize, 1001]  # the second is written past the caches
     nans = any_bits(dtype, sizes)
     params = [torch.zeros_like(t) for t in nans]
