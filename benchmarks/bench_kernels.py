@@ -49,7 +49,7 @@ from benchmarks.tables import aligned, grouped, number, write_csv
 from benchmarks.timing import Timing, measure, timer_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BACKENDS = ("native", "foreach", LOOP)
+BACKENDS = {"cpu": ("native", "foreach", LOOP), "cuda": ("native", "triton", "foreach", LOOP)}
 DEFAULT_SHAPES = tuple(name for name in SHAPES if name != "tiny")
 QUICK_SHAPES = ("resnet18", "many-small")
 
@@ -242,8 +242,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--backends",
         type=lambda text: list(dict.fromkeys(text.split(","))),
-        default=list(BACKENDS),
-        help=f"names separated by commas; {LOOP} is plain PyTorch, a tensor at a time (default: {','.join(BACKENDS)})",
+        help=f"names separated by commas; {LOOP} is plain PyTorch, a tensor at a time (default: all that there are)",
     )
     parser.add_argument("--shapes", type=_names(SHAPES), help=f"out of {','.join(SHAPES)} (default: all but tiny)")
     parser.add_argument("--dtype", type=_names(DTYPES), default=["fp32"], help="fp32, bf16 or both (default: fp32)")
@@ -255,6 +254,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args(arguments)
+    options.backends = options.backends or list(BACKENDS.get(options.device.type, BACKENDS["cpu"]))
     options.shapes = options.shapes or list(QUICK_SHAPES if options.quick else DEFAULT_SHAPES)
     options.repeats = options.repeats or (3 if options.quick else 15)
     if options.device.type == "cuda" and not torch.cuda.is_available():

@@ -28,7 +28,16 @@ hypothesis.register_random(torch_random)
 
 # No deadline: the first example of a test pays for whatever torch sets up lazily. No database: it would make one run
 # depend on the last. New examples in each run find new bugs at a desk; in CI the same commit gives the same result.
-hypothesis.settings.register_profile("gam-fused", deadline=None, database=None, derandomize="CI" in os.environ)
+hypothesis.settings.register_profile(
+    "gam-fused",
+    deadline=None,
+    database=None,
+    derandomize="CI" in os.environ,
+    # For tests that only ask whether another one fails: looking for the smallest example takes minutes.
+    phases=[
+        phase for phase in hypothesis.Phase if "HYPOTHESIS_NO_SHRINK" not in os.environ or phase.name == "generate"
+    ],
+)
 hypothesis.settings.load_profile("gam-fused")
 
 

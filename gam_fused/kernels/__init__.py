@@ -14,13 +14,14 @@ from gam_fused.kernels.foreach import ForeachBackend
 from gam_fused.kernels.interface import Backend
 from gam_fused.kernels.native import NativeBackend
 from gam_fused.kernels.reference import ReferenceBackend
+from gam_fused.kernels.triton import TritonBackend
 
 __all__ = ["Backend", "available", "resolve"]
 
 _VARIABLE = "GAM_FUSED_BACKEND"
 
 # Fastest first: "auto" takes the first that runs here. The last one runs everywhere.
-_PREFERENCE: tuple[type[Backend], ...] = (NativeBackend, ForeachBackend)
+_PREFERENCE: tuple[type[Backend], ...] = (NativeBackend, TritonBackend, ForeachBackend)
 
 # Run only when asked for by name.
 _ON_REQUEST: tuple[type[Backend], ...] = (ReferenceBackend,)
@@ -48,7 +49,9 @@ def resolve(name: str = "auto", devices: Iterable[torch.device] = ()) -> Backend
     if name == "auto":
         source, name = _VARIABLE, os.environ.get(_VARIABLE) or "auto"
     if name == "auto":
-        return next(_INSTANCES[cls.name] for cls in _PREFERENCE if _reason(cls, where) is None)
+        on_cpu = all(device.type == "cpu" for device in where)
+        candidates = [cls for cls in _PREFERENCE if not (on_cpu and cls.is_for_tests_on_cpu)]
+        return next(_INSTANCES[cls.name] for cls in candidates if _reason(cls, where) is None)
     if name not in _INSTANCES:
         known = ", ".join(repr(known) for known in ("auto", *_INSTANCES))
         raise ValueError(f"{source} must be one of {known}, got {name!r}.")

@@ -10,8 +10,14 @@ import torch
 
 from gam_fused import kernels
 from gam_fused.kernels import Backend
+from gam_fused.kernels.triton import TritonBackend
+from tests.interpreter import wrap_the_language_once
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+if TritonBackend.unavailable_reason(torch.device("cpu")) is None:
+    wrap_the_language_once()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -30,11 +36,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture
-def native(request: pytest.FixtureRequest) -> Backend:
-    """The native back end, if it runs on the test's device: that of the ``device`` fixture, or else CUDA."""
+@pytest.fixture(params=["native", "triton"])
+def compiled(request: pytest.FixtureRequest) -> Backend:
+    """A back end of kernels, if it runs on the test's device: that of the ``device`` fixture, or else CUDA."""
     chosen = request.getfixturevalue("device") if "device" in request.fixturenames else torch.device("cuda")
     try:
-        return kernels.resolve("native", [chosen])
+        return kernels.resolve(request.param, [chosen])
     except RuntimeError as error:
         pytest.skip(str(error))

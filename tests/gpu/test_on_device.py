@@ -1,4 +1,4 @@
-"""The native operators on a device: against the CPU bit for bit, in a graph, without a synchronisation, on any stream.
+"""Native and Triton kernels on a device: against the CPU bit for bit, in a graph, without waiting, on any stream.
 
 Whatever can be asked of the CPU as well is asked of it too, so that a test is known to work before there is a GPU.
 """
@@ -46,11 +46,11 @@ every_update = pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
 
 @elementwise
 def test_result_is_that_of_the_formula_in_float64(
-    native: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
+    compiled: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Up to a few roundings in the accumulation dtype of numbers of magnitude 10, and one to the tensors' dtype."""
     given = workload(dtype)
-    actual = after(operator, native, given.to(device))
+    actual = after(operator, compiled, given.to(device))
     expected = after(operator, kernels.resolve("reference"), given.to(CPU, torch.float64))
     wide = torch.finfo(accumulation_dtype(dtype)).eps
     last_place = torch.finfo(dtype).eps
@@ -64,13 +64,13 @@ def test_result_is_that_of_the_formula_in_float64(
 
 @pytest.mark.cuda
 @elementwise
-def test_result_is_bitwise_that_of_the_cpu(native: Backend, operator: Operator, dtype: torch.dtype) -> None:
+def test_result_is_bitwise_that_of_the_cpu(compiled: Backend, operator: Operator, dtype: torch.dtype) -> None:
     """Both are compiled from the same rules without fused multiply-adds.
 
     But for the parameters after AdamW: its bias corrections are powers, which each computes with its own functions.
     """
     given = workload(dtype)
-    on_gpu = after(operator, native, given.to(torch.device("cuda")))
+    on_gpu = after(operator, compiled, given.to(torch.device("cuda")))
     on_cpu = after(operator, kernels.resolve("native"), given.to(CPU))
     if operator not in (ELEMENTWISE["adamw_step_"], ELEMENTWISE["adamw_step_ as Adam"]):
         assert_same_bits(on_gpu, on_cpu)
@@ -83,30 +83,31 @@ def test_result_is_bitwise_that_of_the_cpu(native: Backend, operator: Operator, 
         torch.testing.assert_close(a.double(), e.double(), rtol=2 * rtol, atol=8 * wide)
 
 
-def test_norm_is_within_two_units_of_the_exact_one(native: Backend, dtype: torch.dtype, device: torch.device) -> None:
+def test_norm_is_within_two_units_of_the_exact_one(compiled: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    """Triton's sums are not compensated: each of the additions on an element's way into the sum rounds."""
     given = workload(dtype)
     on = given.to(device)
-    for actual, of in zip(norms(native, on), (given.params, given.grads, given.directions), strict=True):
+    for actual, of in zip(norms(compiled, on), (given.params, given.grads, given.directions), strict=True):
         assert actual.dtype == accumulation_dtype(dtype)
         assert actual.device.type == device.type
         assert actual.shape == ()
-        assert ulps_apart(actual, exact_norm(of)) <= 2
+        assert ulps_apart(actual, exact_norm(of)) <= (2 if compiled.name == "native" else 16)
 
 
 @every_operator
 def test_same_input_gives_the_same_bits(
-    native: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
+    compiled: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
 ) -> None:
     given = workload(dtype)
-    first = after(operator, native, given.to(device))
+    first = after(operator, compiled, given.to(device))
     for _ in range(3):
-        assert_same_bits(after(operator, native, given.to(device)), first)
+        assert_same_bits(after(operator, compiled, given.to(device)), first)
 
 
 @pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
 @pytest.mark.parametrize("signal", ["guard", "adversarial norm", "found_inf"])
 def test_update_that_must_not_happen_restores_and_writes_nothing_else(
-    native: Backend, update: Callable[..., None], signal: str, device: torch.device
+    compiled: Backend, update: Callable[..., None], signal: str, device: torch.device
 ) -> None:
     given = workload(torch.float32).to(device)
     found_inf = None
@@ -117,7 +118,7 @@ def test_update_that_must_not_happen_restores_and_writes_nothing_else(
     else:
         found_inf = torch.ones((), device=device)
     on = given.to(device)
-    update(native, on, found_inf=found_inf)
+    update(compiled, on, found_inf=found_inf)
     assert_same_bits(on.params, given.directions)
     count = len(given.params)
     assert_same_bits(on.tensors()[count:], given.tensors()[count:])
@@ -128,11 +129,11 @@ def test_update_that_must_not_happen_restores_and_writes_nothing_else(
 
 @every_operator
 def test_misaligned_tensors_give_the_same_bits_and_keep_their_surroundings(
-    native: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
+    compiled: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
 ) -> None:
     given = workload(dtype)
     on = given.to(device, misaligned=True)
-    assert_same_bits(after(operator, native, on), after(operator, native, given.to(device)))
+    assert_same_bits(after(operator, compiled, on), after(operator, compiled, given.to(device)))
     for tensor in [*on.params, *on.directions, *on.grads, *on.hvps, *on.momentum_buffers, *on.exp_avg_sqs]:
         assert tensor._base is not None
         assert tensor._base[[0, -1]].isnan().all()
@@ -140,35 +141,35 @@ def test_misaligned_tensors_give_the_same_bits_and_keep_their_surroundings(
 
 @every_operator
 def test_a_misaligned_list_among_aligned_ones_changes_nothing(
-    native: Backend, operator: Operator, device: torch.device
+    compiled: Backend, operator: Operator, device: torch.device
 ) -> None:
     given = workload(torch.bfloat16)
     on, odd = given.to(device), given.to(device, misaligned=True)
     on.directions = odd.directions
-    assert_same_bits(after(operator, native, on), after(operator, native, given.to(device)))
+    assert_same_bits(after(operator, compiled, on), after(operator, compiled, given.to(device)))
 
 
 @every_operator
 def test_more_tensors_than_a_launch_takes_give_the_same_bits_as_few_at_a_time(
-    native: Backend, operator: Operator, device: torch.device
+    compiled: Backend, operator: Operator, device: torch.device
 ) -> None:
     numels = [i % 7 for i in range(4000)]  # kernel parameters hold some 1,600 at most
     given = workload(torch.float32, numels)
     on = given.to(device)
     if operator is norms:
-        for actual, of in zip(norms(native, on), (given.params, given.grads, given.directions), strict=True):
-            assert ulps_apart(actual, exact_norm(of)) <= 2
+        for actual, of in zip(norms(compiled, on), (given.params, given.grads, given.directions), strict=True):
+            assert ulps_apart(actual, exact_norm(of)) <= (2 if compiled.name == "native" else 16)
         return
-    operator(native, on)
+    operator(compiled, on)
     for begin in range(0, len(numels), 1000):
         part = given.part(begin, begin + 1000).to(device)
-        operator(native, part)
+        operator(compiled, part)
         for name in LISTS:
             assert_same_bits(getattr(on, name)[begin : begin + 1000], getattr(part, name), name)
 
 
 @pytest.mark.cuda
-def test_more_than_two_to_the_31_elements(native: Backend) -> None:
+def test_more_than_two_to_the_31_elements(compiled: Backend) -> None:
     numel, dtype, device = 2**31 + 7, torch.bfloat16, torch.device("cuda")
     lists = 5
     free, _ = torch.cuda.mem_get_info(device)
@@ -181,10 +182,10 @@ def test_more_than_two_to_the_31_elements(native: Backend) -> None:
         setattr(on, name, [getattr(few, name)[0].expand(numel).contiguous()])
 
     exact = abs(few.params[0].item()) * numel**0.5
-    assert ulps_apart(native.l2_norm(on.params), exact) <= 2
+    assert ulps_apart(compiled.l2_norm(on.params), exact) <= (2 if compiled.name == "native" else 16)
     for operator in (perturb, sgd_step, restore):
-        operator(native, on)
-        operator(native, few)
+        operator(compiled, on)
+        operator(compiled, few)
         for name in names:
             assert (getattr(on, name)[0] == getattr(few, name)[0]).all(), f"{name} after {operator.__name__}"
 
@@ -194,28 +195,28 @@ def test_more_than_two_to_the_31_elements(native: Backend) -> None:
 
 @every_operator
 def test_operators_do_not_synchronise(
-    native: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
+    compiled: Backend, operator: Operator, dtype: torch.dtype, device: torch.device
 ) -> None:
     on = workload(dtype).to(device)
-    operator(native, on)  # what is set up once may
+    operator(compiled, on)  # what is set up once may
     with no_synchronisation(device):
-        operator(native, on)
+        operator(compiled, on)
 
 
 @pytest.mark.cuda
 @every_operator
-def test_operators_run_on_the_current_stream(native: Backend, operator: Operator) -> None:
+def test_operators_run_on_the_current_stream(compiled: Backend, operator: Operator) -> None:
     """The numbers arrive on a stream that is busy for a while: launched on any other, an operator would miss them."""
     device = torch.device("cuda")
     given = workload(torch.float32)
-    expected = after(operator, native, given.to(device))
+    expected = after(operator, compiled, given.to(device))
     source, on = given.to(device), workload(torch.float32, seed=1).to(device)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         on.copy_(source)
-        results = operator(native, on) or []
+        results = operator(compiled, on) or []
     stream.synchronize()
     assert_same_bits([tensor.cpu() for tensor in [*results, *on.tensors()]], expected)
 
@@ -223,25 +224,27 @@ def test_operators_run_on_the_current_stream(native: Backend, operator: Operator
 @every_update
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.cuda
-def test_step_in_a_graph_gives_the_bits_of_the_eager_one(native: Backend, update: Operator, dtype: torch.dtype) -> None:
+def test_step_in_a_graph_gives_the_bits_of_the_eager_one(
+    compiled: Backend, update: Operator, dtype: torch.dtype
+) -> None:
     device = torch.device("cuda")
     problems = [workload(dtype, seed=seed).to(device) for seed in range(3)]
     static = problems[0].to(device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        arithmetic_of_a_step(native, static, update)
+        arithmetic_of_a_step(compiled, static, update)
     torch.cuda.current_stream().wait_stream(side)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        in_graph = arithmetic_of_a_step(native, static, update)
+        in_graph = arithmetic_of_a_step(compiled, static, update)
     for problem in [*problems, problems[0]]:
         for name in LISTS:
             torch._foreach_copy_(getattr(static, name), getattr(problem, name))
         graph.replay()
         eager = problem.to(device)
-        expected = arithmetic_of_a_step(native, eager, update)
+        expected = arithmetic_of_a_step(compiled, eager, update)
         assert_same_bits([norm.cpu() for norm in in_graph], [norm.cpu() for norm in expected], "norm")
         for name in LISTS:
             actual, wanted = ([tensor.cpu() for tensor in getattr(of, name)] for of in (static, eager))
@@ -249,11 +252,13 @@ def test_step_in_a_graph_gives_the_bits_of_the_eager_one(native: Backend, update
 
 
 @every_update
-def test_launches_of_a_step_are_those_of_the_reference(native: Backend, update: Operator, device: torch.device) -> None:
+def test_launches_of_a_step_are_those_of_the_reference(
+    compiled: Backend, update: Operator, device: torch.device
+) -> None:
     """The same sequence that is captured above, where there is nothing to capture it in."""
     given = workload(torch.float64)
     on, expected = given.to(device), given.to(CPU)
-    arithmetic_of_a_step(native, on, update)
+    arithmetic_of_a_step(compiled, on, update)
     arithmetic_of_a_step(kernels.resolve("reference"), expected, update)
     for a, e in zip(on.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(a.cpu(), e, rtol=1e-12, atol=1e-12)
@@ -261,14 +266,14 @@ def test_launches_of_a_step_are_those_of_the_reference(native: Backend, update: 
 
 @pytest.mark.cuda
 @every_operator
-def test_operators_run_on_the_device_of_their_tensors(native: Backend, operator: Operator) -> None:
+def test_operators_run_on_the_device_of_their_tensors(compiled: Backend, operator: Operator) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     given = workload(torch.float32)
     with torch.cuda.device(0):
-        second = after(operator, native, given.to(torch.device("cuda", 1)))
+        second = after(operator, compiled, given.to(torch.device("cuda", 1)))
         assert torch.cuda.current_device() == 0
-        assert_same_bits(second, after(operator, native, given.to(torch.device("cuda", 0))))
+        assert_same_bits(second, after(operator, compiled, given.to(torch.device("cuda", 0))))
 
 
 # ---------------------------------------------------------------- whole steps
@@ -280,7 +285,7 @@ def test_operators_run_on_the_device_of_their_tensors(native: Backend, operator:
     ids=["sgd", "adamw"],
 )
 def test_whole_step_does_not_synchronise_and_follows_the_reference(
-    native: Backend, base: type[torch.optim.Optimizer], settings: dict[str, float], device: torch.device
+    compiled: Backend, base: type[torch.optim.Optimizer], settings: dict[str, float], device: torch.device
 ) -> None:
     def train(backend: str, on: torch.device) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -303,5 +308,5 @@ def test_whole_step_does_not_synchronise_and_follows_the_reference(
         return [param.detach().cpu() for param in model.parameters()]
 
     expected = train("reference", CPU)
-    for actual, wanted in zip(train(native.name, device), expected, strict=True):
+    for actual, wanted in zip(train(compiled.name, device), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)

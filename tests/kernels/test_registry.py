@@ -9,6 +9,7 @@ from gam_fused import kernels
 from gam_fused.kernels import Backend, extension
 from gam_fused.kernels.foreach import ForeachBackend
 from gam_fused.kernels.reference import ReferenceBackend
+from gam_fused.kernels.triton import TritonBackend
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,17 @@ def test_auto_takes_the_first_in_order_of_preference_that_runs(monkeypatch: pyte
     assert kernels.resolve() is kernels.resolve("auto") is instances["fast"]
 
 
+@pytest.fixture(autouse=True)
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without Triton; tests that are about it say otherwise."""
+    monkeypatch.setattr(TritonBackend, "unavailable_reason", staticmethod(lambda device=None: "no Triton."))
+
+
+@pytest.fixture
+def triton_everywhere(monkeypatch: pytest.MonkeyPatch, no_triton: None) -> None:
+    monkeypatch.setattr(TritonBackend, "unavailable_reason", staticmethod(lambda device=None: None))
+
+
 @pytest.fixture
 def native_everywhere_but_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
@@ -77,6 +89,28 @@ def test_auto_takes_native_on_cuda_where_it_has_kernels(monkeypatch: pytest.Monk
     monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
     monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: None)
     assert kernels.resolve("auto", [torch.device("cuda")]).name == "native"
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+def test_auto_prefers_native_then_triton_then_foreach_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = [torch.device("cuda")]
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: None)
+    assert kernels.resolve("auto", gpu).name == "native"
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: "no CUDA kernels.")
+    assert kernels.resolve("auto", gpu).name == "triton"
+    monkeypatch.setattr(TritonBackend, "unavailable_reason", staticmethod(lambda device=None: "no Triton."))
+    assert kernels.resolve("auto", gpu).name == "foreach"
+    with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run here: no Triton\.$"):
+        kernels.resolve("triton", gpu)
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+def test_auto_never_interprets_triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: "not built.")
+    assert kernels.resolve("auto").name == "foreach"
+    assert kernels.resolve("auto", [torch.device("cpu")]).name == "foreach"
+    assert kernels.resolve("triton", [torch.device("cpu")]).name == "triton"
 
 
 def test_auto_takes_foreach_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
