@@ -34,6 +34,7 @@ from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.grouping import buckets, global_norm, global_norm_pair, take
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.rounding import seeds
 from gam_fused.kernels.rules import Descent
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
@@ -80,6 +81,13 @@ class GAM(OptimizerWrapper):
             ``torch.nn.functional.batch_norm`` and ``instance_norm`` are found while the closure runs.
         backend: ``"auto"`` or a name from :func:`gam_fused.kernels.available`; ``auto`` heeds ``GAM_FUSED_BACKEND``.
         interval: k ≥ 1: the flatness term in every k-th step, the base optimizer alone between.
+        rounding: ``"nearest"``, or ``"stochastic"`` for bfloat16 and float16 parameters: a perturbation of radius ρ
+            spread over millions of them, and a small update, are below half a unit in the last place of most, and
+            rounding to nearest drops them; stochastic rounding keeps them on average
+            (:mod:`gam_fused.kernels.rounding`). Reproducible: the random bits depend on ``steps``, not on a generator.
+            Concerns the adversarial point in every back end, and the update where a fused rule makes it: in steps with
+            a flatness term, on native and triton, with SGD, Adam and AdamW. All other updates round as the base
+            optimizer does.
         base_kwargs: for the base optimizer: ``lr``, ``momentum``, ``weight_decay``, …
 
     Attributes:
@@ -107,6 +115,7 @@ class GAM(OptimizerWrapper):
         model: nn.Module | None = None,
         backend: str = "auto",
         interval: int = 1,
+        rounding: str = "nearest",
         **base_kwargs: Any,
     ) -> None:
         arguments.check_base_optimizer_class(base_optimizer)
@@ -119,6 +128,7 @@ class GAM(OptimizerWrapper):
             hvp=hvp,
             fd_epsilon=fd_epsilon,
             interval=interval,
+            rounding=rounding,
         )
 
     @classmethod
@@ -134,6 +144,7 @@ class GAM(OptimizerWrapper):
         model: nn.Module | None = None,
         backend: str = "auto",
         interval: int = 1,
+        rounding: str = "nearest",
     ) -> GAM:
         """GAM around an optimizer already built, whose groups and state it keeps.
 
@@ -152,6 +163,7 @@ class GAM(OptimizerWrapper):
             hvp=hvp,
             fd_epsilon=fd_epsilon,
             interval=interval,
+            rounding=rounding,
         )
         return gam
 
@@ -165,14 +177,17 @@ class GAM(OptimizerWrapper):
         hvp: str,
         fd_epsilon: float,
         interval: int,
+        rounding: str,
     ) -> None:
         arguments.check_choice("hvp", hvp, ("exact", "finite_difference"))
         arguments.check_positive("fd_epsilon", fd_epsilon)
         arguments.check_interval(interval)
+        arguments.check_choice("rounding", rounding, ("nearest", "stochastic"))
         super().__init__(base, hyperparameters, backend, model)
         self.hvp = hvp
         self.fd_epsilon = fd_epsilon
         self.interval = interval
+        self.rounding = rounding
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -186,7 +201,7 @@ class GAM(OptimizerWrapper):
         closure = arguments.checked_closure(closure)
         self._check_ready()
         with_flatness = self.steps % self.interval == 0
-        transaction = Transaction(self._kernels, *self._trainable(), self.model)
+        transaction = self._transaction()
         with self._all_or_nothing(transaction):
             self._running = True
             create_graph = with_flatness and self.hvp == "exact"
@@ -263,7 +278,7 @@ class GAM(OptimizerWrapper):
     def _fused_step(self, transaction: Transaction, landing: _Landing, guards: Sequence[Tensor] = ()) -> None:
         assert isinstance(self._kernels, FusingBackend)  # as _has_fused_rule has found
         active = landing.active
-        descent = partial(landing.descent, guards=guards)
+        descent = partial(landing.descent, guards=guards, rounding_seed=transaction.rounding_seed)
         fused_step(self._kernels, self.base_optimizer, active.params, active.groups, active.penalties, descent)
         transaction.forget_moves()
 
@@ -325,7 +340,7 @@ class GAM(OptimizerWrapper):
             )
         self._check_ready()
         check_loss(loss, needs_graph=True, name="the loss given to first_step")
-        transaction = Transaction(self._kernels, *self._trainable(), self.model, keep_random_states=False)
+        transaction = self._transaction(keep_random_states=False)
         with self._all_or_nothing(transaction):
             at_theta = differentiated(loss, transaction.params, create_graph=True)
             self._pending = transaction, self._ascend(transaction, at_theta, _exact_hvp)
@@ -355,6 +370,15 @@ class GAM(OptimizerWrapper):
             transaction, _ = self._pending
             transaction.roll_back()
             self._pending = None
+
+    def _transaction(self, *, keep_random_states: bool = True) -> Transaction:
+        return Transaction(
+            self._kernels,
+            *self._trainable(),
+            self.model,
+            keep_random_states=keep_random_states,
+            rounding_seeds=seeds(self.steps) if self.rounding == "stochastic" else None,
+        )
 
     def _active(self, transaction: Transaction, evaluation: Evaluation) -> _Active:
         indices = [i for i, grad in enumerate(evaluation.gradients.total) if grad is not None]
@@ -426,11 +450,21 @@ class _Landing:
     hvps: list[Tensor]
     adversarial_norm: Tensor
 
-    def descent(self, at: list[int], rho: float, alpha: float, xi: float, guards: Sequence[Tensor] = ()) -> Descent:
+    def descent(
+        self,
+        at: list[int],
+        rho: float,
+        alpha: float,
+        xi: float,
+        *,
+        guards: Sequence[Tensor] = (),
+        rounding_seed: Callable[[], int | None] = lambda: None,
+    ) -> Descent:
         """That of the parameters at these indices."""
         lists = (take(tensors, at) for tensors in (self.active.params, self.backups, self.grads, self.hvps))
         params, backups, grads, hvps = lists
-        return Descent(params, backups, grads, hvps, self.adversarial_norm, rho, alpha, xi, guards)
+        norm, seed = self.adversarial_norm, rounding_seed()
+        return Descent(params, backups, grads, hvps, norm, rho, alpha, xi, guards, rounding_seed=seed)
 
     def overflow(self, grad_norm: Tensor, hvp_norm: Tensor) -> list[Tensor]:
         """0-d tensors, not finite where g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv may overflow its dtype.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Transaction:
         groups: the param group of each.
         model: see :class:`Replay`.
         keep_random_states: off for passes that the user runs (:meth:`GAM.first_step`), whose draws are the user's.
+        rounding_seeds: one for each launch that writes parameters, to round them stochastically; ``None`` to round to
+            nearest.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Transaction:
         model: nn.Module | None,
         *,
         keep_random_states: bool = True,
+        rounding_seeds: Iterator[int] | None = None,
     ) -> None:
         self._backend = backend
         self.params = params
@@ -51,6 +54,7 @@ class Transaction:
         self._grads = [param.grad for param in params]
         self._moves: list[_Move] = []
         self._committed = False
+        self._rounding_seeds = rounding_seeds
         self.replay = Replay(model, params, keep_random_states=keep_random_states)
 
     def move(
@@ -68,8 +72,13 @@ class Transaction:
             with uninterrupted():
                 # Noted before the launch: if it fails half-way, the versions tell whether parameters were written.
                 self._moves.append(_Move(moved, backups, [param._version for param in moved]))
-                self._backend.perturb_(moved, backups, direction_norm, grad_norm, rho, xi)
+                seed = self.rounding_seed()
+                self._backend.perturb_(moved, backups, direction_norm, grad_norm, rho, xi, rounding_seed=seed)
         _forget_derived_weights()
+
+    def rounding_seed(self) -> int | None:
+        """For the next launch that writes parameters."""
+        return None if self._rounding_seeds is None else next(self._rounding_seeds)
 
     def move_back(self, count: int = 0) -> None:
         """Undo the moves after the first ``count``, the last one first. Bitwise, since backups are copies."""
