@@ -7,8 +7,9 @@ Nothing is patched, and when the closure returns or raises, nothing is left behi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gam_fused.derivatives import Gradients
 from gam_fused.replay import Replay
+from gam_fused.second_order import layers, rerouting
 
 Closure = Callable[[], Any]
 
@@ -39,8 +41,18 @@ class Evaluation:
         self.gradients = gradients
 
 
-def evaluate(closure: Closure, params: Sequence[Tensor], replay: Replay, *, create_graph: bool) -> Evaluation:
+def evaluate(
+    closure: Closure,
+    params: Sequence[Tensor],
+    replay: Replay,
+    *,
+    create_graph: bool,
+    second_order: str = "auto",
+) -> Evaluation:
     """Run ``closure`` once and differentiate.
+
+    With ``create_graph``, the forward pass runs on the layers of :mod:`gam_fused.second_order` unless ``second_order``
+    is ``"off"``.
 
     Three kinds of closure are understood: one that returns a scalar loss; an ordinary one that also calls
     ``zero_grad()`` and ``loss.backward()``; and one that calls ``backward()`` several times, whose loss is the sum.
@@ -52,10 +64,12 @@ def evaluate(closure: Closure, params: Sequence[Tensor], replay: Replay, *, crea
     replay.begin_pass()
     for param in params:
         param.grad = None
-    forward_context = attention_by_matrix_products if create_graph else nullcontext
-    gradients = Gradients(params, create_graph=create_graph, forward_context=forward_context)
-    interception = _Interception(params, gradients, replay)
-    with torch.enable_grad(), forward_context(), interception:
+    reroutes = create_graph and second_order == "auto"
+    # A checkpoint runs parts of the forward pass again when it is differentiated, and has to save the same tensors.
+    again = partial(_twice_differentiable, reroutes=reroutes) if create_graph else nullcontext
+    gradients = Gradients(params, create_graph=create_graph, forward_context=again)
+    interception = _Interception(params, gradients, replay, reroutes=reroutes)
+    with torch.enable_grad(), attention_by_matrix_products() if create_graph else nullcontext(), interception:
         loss = closure()
     replay.end_pass()
     check_loss(loss, needs_graph=not interception.backward_called)
@@ -71,6 +85,12 @@ def evaluate(closure: Closure, params: Sequence[Tensor], replay: Replay, *, crea
 def attention_by_matrix_products() -> AbstractContextManager[None]:
     """Where the fused attention kernels are off: they have no second derivative, the plain form has one."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextmanager
+def _twice_differentiable(*, reroutes: bool) -> Iterator[None]:
+    with attention_by_matrix_products(), layers() if reroutes else nullcontext():
+        yield
 
 
 def _scalar(loss: Tensor) -> Tensor:
@@ -102,10 +122,11 @@ def check_loss(loss: Any, *, needs_graph: bool, name: str = "the closure's retur
 
 
 class _Interception(TorchFunctionMode):
-    """Takes over ``backward`` and watches running statistics and explicit generators."""
+    """Takes over ``backward``, watches running statistics and explicit generators, and reroutes to our own layers."""
 
-    def __init__(self, params: Sequence[Tensor], gradients: Gradients, replay: Replay) -> None:
+    def __init__(self, params: Sequence[Tensor], gradients: Gradients, replay: Replay, *, reroutes: bool) -> None:
         super().__init__()
+        self._reroutes = reroutes
         self.backward_called = False
         self._params = params
         self._gradients = gradients
@@ -132,7 +153,7 @@ class _Interception(TorchFunctionMode):
             self._watch_running_statistics(places, args, kwargs)
         elif func is Tensor.add_:
             self._remember_counter(args[0])
-        return func(*args, **kwargs)
+        return rerouting.call(func, types, args, kwargs) if self._reroutes else func(*args, **kwargs)
 
     def _watch_running_statistics(self, places: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, place in zip(("running_mean", "running_var"), places, strict=True):

@@ -1,0 +1,107 @@
+"""The layers of this package in the place of PyTorch's, while a ``with`` statement lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+from gam_fused.second_order import (
+    activations,
+    attention,
+    autocast,
+    convolution,
+    multi_head_attention,
+    softmax,
+)
+
+_MODULES = (
+    activations,
+    attention,
+    convolution,
+    multi_head_attention,
+    softmax,
+)
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    original: layer for module in _MODULES for original, layer in module.REPLACEMENTS.items()
+}
+"""By each function of PyTorch, the layer that takes its place: the same arguments, the same result."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def layers() -> TorchFunctionMode:
+    """Where functions of ``torch.nn.functional`` run on layers that are made to be differentiated twice.
+
+    Example, a gradient penalty::
+
+        with gam_fused.second_order.layers():
+            output = critic(images)
+        (slope,) = torch.autograd.grad(output.sum(), images, create_graph=True)
+        (slope.square().sum(dim=(1, 2, 3)).sqrt() - 1).square().mean().backward()
+
+    Only the forward pass has to be inside, unless ``torch.utils.checkpoint`` runs it again in the backward pass: then
+    that, too. Values and derivatives are PyTorch's up to rounding, dtypes and draws of random numbers are exactly its.
+    What has no layer here runs as before: other functions, tensor subclasses, integer, complex and sparse tensors,
+    calls in which nothing requires gradients, ``torch.func`` transforms, forward-mode differentiation,
+    ``torch.compile``. So does everything inside of a :class:`torch.overrides.TorchFunctionMode` that was there before:
+    it is handed the calls that it would have been handed.
+
+    The mode is this thread's alone; nothing is patched.
+    """
+    return _Layers()
+
+
+class _Layers(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return call(func, types, args, kwargs or {})
+
+
+def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func(*args, **kwargs)``, by the layer for ``func`` if there is one and it can.
+
+    For the ``__torch_function__`` of a mode, whose arguments these are.
+    """
+    layer = _REPLACEMENTS.get(func)
+    if layer is not None and not types and _is_eager() and _can_take([*args, *kwargs.values()]):
+        return layer(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def _is_eager() -> bool:
+    """Whether nothing but autograd records what is called, and it does."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not _other_modes()
+    )
+
+
+def _other_modes() -> bool:
+    """Whether a mode of the user's lies below the one whose handler runs: it wants to see PyTorch's own functions."""
+    below = torch._C._len_torch_function_stack()
+    # torch.set_default_device is one, which has no say in calls that are given tensors.
+    return any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(below))
+
+
+def _can_take(arguments: Iterable[Any]) -> bool:
+    requires_grad = False
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if type(argument) not in _PLAIN or argument.layout != torch.strided or argument.is_nested:
+                return False
+            if argument.requires_grad:
+                if argument.dtype not in _DTYPES or not autocast.is_known(argument.device.type):
+                    return False
+                requires_grad = True
+    return requires_grad
