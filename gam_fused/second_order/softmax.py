@@ -212,7 +212,10 @@ class _Terms:
         """h: the gradient of each position's term, from that of the reduced ones."""
         if self._options.reduction == "none":
             return grad_output.unsqueeze(self.dim)
-        return grad_output / self._weights.sum() if self._options.reduction == "mean" else grad_output
+        if self._options.reduction == "sum":
+            return grad_output
+        count = self._weights.sum()
+        return torch.where(count == 0, 0, grad_output / count)  # the mean over nothing is NaN, and its gradient 0
 
     def reduce(self, terms: Tensor) -> Tensor:
         """The reduced ones, from the terms of each position."""
