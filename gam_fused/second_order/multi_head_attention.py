@@ -1,33 +1,25 @@
-"""``F.multi_head_attention_forward`` with the layers of this package inside.
-
-A torch function mode sees the call of that function, but nothing that it calls in turn.
-"""
+"""``F.multi_head_attention_forward`` with the layers of this package inside."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import attention, softmax
+from gam_fused.second_order.inner_calls import without_overrides
 
 _ORIGINAL = F.multi_head_attention_forward
+_SOFTMAX = softmax.REPLACEMENTS[F.softmax]
 
 
 def multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's own function, run with other meanings of the names that it calls: nothing of PyTorch's is changed."""
-    if not isinstance(_ORIGINAL, FunctionType):  # somebody has wrapped it
-        return _ORIGINAL(*args, **kwargs)
-    names = vars(F) | {
-        "scaled_dot_product_attention": attention.scaled_dot_product_attention,
-        "softmax": softmax.REPLACEMENTS[F.softmax],
-        "has_torch_function": lambda tensors: False,  # the arguments are plain tensors: nobody else to ask
-    }
-    function = FunctionType(_ORIGINAL.__code__, names, _ORIGINAL.__name__, _ORIGINAL.__defaults__)
-    function.__kwdefaults__ = _ORIGINAL.__kwdefaults__
+    """:func:`torch.nn.functional.multi_head_attention_forward`, to be differentiated twice."""
+    function = without_overrides(
+        _ORIGINAL, scaled_dot_product_attention=attention.scaled_dot_product_attention, softmax=_SOFTMAX
+    )
     return function(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ from gam_fused.second_order import (
     multi_head_attention,
     softmax,
 )
+from gam_fused.second_order.inner_calls import without_overrides
 
 _MODULES = (
     activations,
@@ -32,7 +33,7 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 """By each function of PyTorch, the layer that takes its place: the same arguments, the same result."""
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +51,7 @@ def layers() -> TorchFunctionMode:
     that, too. Values and derivatives are PyTorch's up to rounding, dtypes and draws of random numbers are exactly its.
     What has no layer here runs as before: other functions, tensor subclasses, integer, complex and sparse tensors,
     calls in which nothing requires gradients, ``torch.func`` transforms, forward-mode differentiation,
-    ``torch.compile``. So does everything inside of a :class:`torch.overrides.TorchFunctionMode` that was there before:
+    ``torch.compile`` and ``torch.jit``. So does everything inside of a ``TorchFunctionMode`` that was there before:
     it is handed the calls that it would have been handed.
 
     The mode is this thread's alone; nothing is patched.
@@ -70,10 +71,39 @@ def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: di
 
     For the ``__torch_function__`` of a mode, whose arguments these are.
     """
-    layer = _REPLACEMENTS.get(func)
-    if layer is not None and not types and _is_eager() and _can_take([*args, *kwargs.values()]):
-        return layer(*args, **kwargs)
+    if (layer := _REPLACEMENTS.get(func)) is not None:
+        if _PLAIN.issuperset(types) and _is_eager() and _can_take([*args, *kwargs.values()]):
+            return layer(*args, **kwargs)
+    elif (differentiate := _DIFFERENTIATION.get(func)) is not None and not _other_modes():
+        with _Layers():
+            return differentiate(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _grad(*args: Any, **kwargs: Any) -> Any:
+    return without_overrides(torch.autograd.grad)(*args, **kwargs)
+
+
+def _backward(*args: Any, **kwargs: Any) -> None:
+    without_overrides(torch.autograd.backward)(*args, **kwargs)
+
+
+def _tensor_backward(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    _backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+_DIFFERENTIATION: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.autograd.grad: _grad,
+    torch.autograd.backward: _backward,
+    Tensor.backward: _tensor_backward,
+}
+"""What may run a checkpoint's part of the forward pass again, for which the mode has to be on."""
 
 
 def _is_eager() -> bool:
@@ -81,6 +111,7 @@ def _is_eager() -> bool:
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not _other_modes()
