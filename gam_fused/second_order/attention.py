@@ -15,37 +15,27 @@ The double backward, for incoming a, b, c in the shapes of q, k, v, with T = s (
     of v:  (J(T) ∘ d)ᵀ g
     of q:  s (J(Z) k + J(W) b),  of k: s (J(Z)ᵀ q + J(W)ᵀ a)   with Z = (W − Σ P W) ∘ (T − Σ P T) + (g cᵀ) ∘ d
 
-Forward and backward run on the fused kernel of the CPU where it serves, and otherwise like the double backward: over
-blocks of as many heads as fit a cache, at least one, so that no attention matrix outlives its block. Nothing of the
-size of an attention matrix is saved but the mask of a dropout, one byte per element.
+Forward and backward run on the fused kernel of the CPU where it serves, and otherwise as the double backward does: on
+blocks of heads (:mod:`~gam_fused.second_order.attention_blocks`). Nothing of the size of an attention matrix is saved
+but the mask of a dropout, one byte per element.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import autocast
+from gam_fused.second_order.attention_blocks import Options, backward, double_backward, forward, whole_mask
 from gam_fused.second_order.third_order import differentiable_double_backward
-
-# Elements of one attention matrix per block: half a dozen of them are at work at a time, and have to fit the cache of
-# a core; on an accelerator they have to be worth a launch.
-_BLOCK = {"cpu": 1 << 16}
-_BLOCK_ELSEWHERE = 1 << 24
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-class _Options(NamedTuple):
-    scale: float
-    is_causal: bool
-    dropout: float
 
 
 class _Attention(torch.autograd.Function):
@@ -59,7 +49,7 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         keep: Tensor | None,
-        options: _Options,
+        options: Options,
     ) -> Tensor:
         ctx.options = options
         ctx.fused = _is_fused(query, value, mask, keep)
@@ -68,7 +58,7 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_backward(query, key, value, mask, keep, output, logsumexp)
             return output
         ctx.save_for_backward(query, key, value, mask, keep)
-        return _forward(query, key, value, mask, keep, options)
+        return forward(query, key, value, mask, keep, options)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,7 +78,7 @@ class _AttentionBackward(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         keep: Tensor | None,
-        options: _Options,
+        options: Options,
         results: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         ctx.options = options
@@ -107,7 +97,7 @@ class _AttentionBackward(torch.autograd.Function):
             )
             return *grads, None, None, None, None
         inputs = (grad_output, query, key, value, *double_grads)
-        grads = _double_backward(inputs, mask, keep, ctx.options, ctx.needs_input_grad)
+        grads = double_backward(inputs, mask, keep, ctx.options, ctx.needs_input_grad)
         return *grads, None, None, None, None
 
 
@@ -116,11 +106,11 @@ _attention_backward: Callable[..., tuple[Tensor, ...]] = _AttentionBackward.appl
 
 
 def by_matrix_products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, options: _Options
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, options: Options
 ) -> Tensor:
     """Attention in differentiable operators of PyTorch: the definition."""
     scores = query @ key.mT * options.scale
-    mask = _whole_mask(query, key, mask, options)
+    mask = whole_mask(query, key, mask, options)
     probabilities = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores + mask, -1)
     if keep is not None:
         probabilities = probabilities * keep / (1 - options.dropout)
@@ -146,7 +136,7 @@ def _first_backward(
     value: Tensor,
     mask: Tensor | None,
     keep: Tensor | None,
-    options: _Options,
+    options: Options,
     results: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     if results:
@@ -163,154 +153,7 @@ def _first_backward(
             attn_mask=mask,
             scale=options.scale,
         )
-    return _backward(grad_output, query, key, value, mask, keep, options)
-
-
-# ------------------------------------------------------------------ over blocks of heads
-
-
-class _Blocks:
-    """Tensors [B, H, …] as [B·H, …], and blocks of their first dimension.
-
-    Narrow floating numbers are computed with in float32, block by block.
-    """
-
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, keep: Tensor | None, options: _Options) -> None:
-        self._heads = query.shape[1]
-        self._mask = _whole_mask(query, key, mask, options)
-        self._keep = None if keep is None else keep.flatten(0, 1)
-        self._kept = 1 - options.dropout
-        self._count = query.shape[0] * self._heads
-        matrix = max(1, query.shape[2] * key.shape[2])
-        self._size = max(1, _BLOCK.get(query.device.type, _BLOCK_ELSEWHERE) // matrix)
-        narrow = query.dtype in (torch.float16, torch.bfloat16)
-        self._dtype = torch.float32 if narrow else query.dtype
-        self._scale = options.scale
-
-    def __iter__(self) -> Iterator[slice]:
-        return (slice(at, min(at + self._size, self._count)) for at in range(0, self._count, self._size))
-
-    def take(self, block: slice, *tensors: Tensor) -> Iterator[Tensor]:
-        """The block of each of these [B·H, …], in the dtype to compute with."""
-        return (tensor[block].to(self._dtype) for tensor in tensors)
-
-    def probabilities(self, block: slice, query: Tensor, key: Tensor) -> Tensor:
-        """P of the block."""
-        scores = torch.bmm(query, key.mT).mul_(self._scale)
-        if self._mask is None:
-            return torch._softmax(scores, -1, False)
-        return torch._safe_softmax(scores.add_(self._mask_of(block)), -1)
-
-    def dropout(self, block: slice, matrix: Tensor) -> Tensor:
-        """``matrix`` ∘ d: a new tensor, unless there is no dropout."""
-        return matrix if self._keep is None else torch.mul(matrix, self._keep[block]).div_(self._kept)
-
-    def _mask_of(self, block: slice) -> Tensor:
-        assert self._mask is not None
-        batches, heads = self._mask.shape[:2]
-        if batches == heads == 1:
-            return self._mask[0]
-        index = torch.arange(block.start, block.stop, device=self._mask.device)
-        batch, head = index // self._heads, index % self._heads
-        return self._mask[batch if batches > 1 else 0, head if heads > 1 else 0]
-
-
-def _whole_mask(query: Tensor, key: Tensor, mask: Tensor | None, options: _Options) -> Tensor | None:
-    """The additive mask as [B or 1, H or 1, …], causal or not."""
-    if options.is_causal:
-        shape = query.shape[-2], key.shape[-2]
-        return torch.full(shape, -torch.inf, dtype=query.dtype, device=query.device).triu_(1)[None, None]
-    return mask
-
-
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.flatten(0, 1) for tensor in tensors]
-
-
-def _softmax_derivative(change: Tensor, probabilities: Tensor) -> Tensor:
-    """J(w) = P ∘ (w − Σ P w)."""
-    return torch._softmax_backward_data(change, probabilities, -1, probabilities.dtype)
-
-
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, options: _Options
-) -> Tensor:
-    blocks = _Blocks(query, key, mask, keep, options)
-    output = value.new_empty(*query.shape[:3], value.shape[3])
-    out = output.flatten(0, 1)
-    inputs = _flat(query, key, value)
-    for block in blocks:
-        q, k, v = blocks.take(block, *inputs)
-        out[block] = torch.bmm(blocks.dropout(block, blocks.probabilities(block, q, k)), v)
-    return output
-
-
-def _backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    keep: Tensor | None,
-    options: _Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = _Blocks(query, key, mask, keep, options)
-    of_query, of_key, of_value = (_empty_like(tensor) for tensor in (query, key, value))
-    out_query, out_key, out_value = _flat(of_query, of_key, of_value)
-    inputs = _flat(grad_output, query, key, value)
-    for block in blocks:
-        g, q, k, v = blocks.take(block, *inputs)
-        probabilities = blocks.probabilities(block, q, k)
-        out_value[block] = torch.bmm(blocks.dropout(block, probabilities).mT, g)
-        of_probabilities = blocks.dropout(block, torch.bmm(g, v.mT))
-        of_scores = _softmax_derivative(of_probabilities, probabilities).mul_(options.scale)
-        out_query[block] = torch.bmm(of_scores, k)
-        out_key[block] = torch.bmm(of_scores.mT, q)
-    return of_query, of_key, of_value
-
-
-def _double_backward(
-    inputs: tuple[Tensor, ...],
-    mask: Tensor | None,
-    keep: Tensor | None,
-    options: _Options,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The gradients of g, q, k and v, where needed. The names are those of the module's formulas."""
-    blocks = _Blocks(inputs[1], inputs[2], mask, keep, options)
-    scale = options.scale
-    results = [_empty_like(tensor) if need else None for tensor, need in zip(inputs[:4], needed[:4], strict=True)]
-    out_g, out_q, out_k, out_v = (None if result is None else result.flatten(0, 1) for result in results)
-    flat = _flat(*inputs)
-    for block in blocks:
-        g, q, k, v, a, b, c = blocks.take(block, *flat)
-        probabilities = blocks.probabilities(block, q, k)
-        change = torch.bmm(a, k.mT).baddbmm_(q, b.mT, beta=scale, alpha=scale)  # T
-        of_probabilities = blocks.dropout(block, torch.bmm(g, v.mT))  # W
-        if out_g is not None or out_v is not None:
-            turned = blocks.dropout(block, _softmax_derivative(change, probabilities))  # J(T) ∘ d
-            if out_v is not None:
-                out_v[block] = torch.bmm(turned.mT, g)
-            if out_g is not None:
-                result = torch.bmm(turned, v)
-                out_g[block] = result.baddbmm_(blocks.dropout(block, probabilities), c)
-            del turned
-        if out_q is None and out_k is None:
-            continue
-        first = _softmax_derivative(of_probabilities, probabilities)  # J(W)
-        change.sub_((probabilities * change).sum(-1, keepdim=True))
-        of_probabilities.sub_((probabilities * of_probabilities).sum(-1, keepdim=True))
-        bent = of_probabilities.mul_(change).add_(blocks.dropout(block, torch.bmm(g, c.mT)))  # Z
-        second = _softmax_derivative(bent, probabilities)  # J(Z)
-        if out_q is not None:
-            out_q[block] = torch.bmm(second, k).baddbmm_(first, b, beta=scale, alpha=scale)
-        if out_k is not None:
-            out_k[block] = torch.bmm(second.mT, q).baddbmm_(first.mT, a, beta=scale, alpha=scale)
-    return results
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return backward(grad_output, query, key, value, mask, keep, options)
 
 
 # ------------------------------------------------------------------ in the place of PyTorch's
@@ -352,7 +195,7 @@ def scaled_dot_product_attention(
         keep.bernoulli_(1 - dropout_p)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    output = _attention(query, key, value, mask, keep, _Options(scale, is_causal, dropout_p))
+    output = _attention(query, key, value, mask, keep, Options(scale, is_causal, dropout_p))
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[2:])
 
 

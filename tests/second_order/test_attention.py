@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gam_fused.second_order import attention
+from gam_fused.second_order import attention, attention_blocks
 from tests.second_order.layers_common import (
     assert_differentiable_twice,
     assert_like_pytorch,
@@ -79,7 +79,7 @@ def problems(draw_: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
 def test_attention_is_pytorchs(problem: tuple[list[Tensor], dict[str, Any]], block: int) -> None:
     tensors, options = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention._BLOCK, "cpu", block)
+        patch.setitem(attention_blocks.BLOCK, "cpu", block)
         assert_like_pytorch(*functions(options), tensors)
 
 
@@ -190,7 +190,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_is_larger_than_one_heads_attention_matrix(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(attention._BLOCK, "cpu", 1)
+    monkeypatch.setitem(attention_blocks.BLOCK, "cpu", 1)
     layer, original = functions(options)
     tensors = [draw(2, 3, 60, 4) for _ in range(3)]
     for function, expected in ((layer, 60 * 60), (original, 6 * 60 * 60)):

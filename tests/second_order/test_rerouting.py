@@ -84,11 +84,18 @@ class Subclass(Tensor):
     pass
 
 
+class SilentSubclass(Tensor):
+    """Whose functions are all that a mode is told of."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
 LEFT_ALONE: dict[str, Callable[[], Any]] = {
     "no gradients wanted": lambda: F.conv2d(draw(2, 3, 5, 5).detach(), draw(4, 3, 3, 3).detach()),
     "no_grad": torch.no_grad()(conv),
     "complex": lambda: F.conv2d(draw(2, 3, 5, 5).to(torch.complex128), draw(4, 3, 3, 3).to(torch.complex128)),
     "subclass": lambda: conv(draw(2, 3, 5, 5).detach().as_subclass(Subclass)).as_subclass(Tensor),
+    "silent subclass": lambda: conv(draw(2, 3, 5, 5).detach().as_subclass(SilentSubclass)).as_subclass(Tensor),
     "functorch": lambda: torch.vmap(F.conv2d, in_dims=(0, None))(draw(2, 1, 3, 5, 5), draw(4, 3, 3, 3)),
 }
 
