@@ -11,8 +11,8 @@ Cross-entropy is −Σ q log P with constant weights q that class indices, class
 
     g_x = h (Q P − q);                      of h: Q Σ P v − Σ q v,        of x: h Q J(v)
 
-The first two save their output, as PyTorch does. Cross-entropy saves its input in the place of the logarithms that
-PyTorch saves, and never makes a dense gradient of those.
+The first two save their output and cross-entropy log P, as PyTorch does; but cross-entropy never makes a dense gradient
+of log P.
 """
 
 from __future__ import annotations
@@ -117,50 +117,69 @@ class _Options(NamedTuple):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Of logits [N, C, …] or [C], class indices [N, …] or [], and class weights [C] or ``None``."""
+    """Of logits [N, C, …] or [C], class indices [N, …] or [], and class weights [C] or ``None``.
+
+    Returns the loss and log P. The latter stands for the logits, which then need not be kept: it has the same softmax.
+    Whatever is differentiated by it sums to 0 over the classes, so that its gradient is that of the logits.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
-        ctx.save_for_backward(input, target, weight)
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        logarithms = torch._log_softmax(input, _class_dim(input), False)
+        ctx.save_for_backward(logarithms, target, weight)
+        ctx.set_materialize_grads(False)
         ctx.options = options
-        return _cross_entropy(input, target, weight, options)
+        if options.smoothing:
+            return _cross_entropy(logarithms, target, weight, options), logarithms
+        loss = F.nll_loss(logarithms, target, weight, ignore_index=options.ignore_index, reduction=options.reduction)
+        return loss, logarithms
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        function = _cross_entropy_backward if torch.is_grad_enabled() else _gradient
-        input, target, weight = ctx.saved_tensors
-        return function(grad_output, input, target, weight, ctx.options), None, None, None
+    def backward(ctx: Any, grad_output: Tensor | None, of_logarithms: Tensor | None) -> tuple[Tensor | None, ...]:
+        result = of_logarithms
+        if grad_output is not None:
+            function = _cross_entropy_backward if torch.is_grad_enabled() else _gradient
+            logarithms, target, weight = ctx.saved_tensors
+            grad = function(grad_output, logarithms, target, weight, ctx.options)
+            result = grad if result is None else result + grad
+        return result, None, None, None
 
 
 class _CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: _Options
+        ctx: Any, grad_output: Tensor, logarithms: Tensor, target: Tensor, weight: Tensor | None, options: _Options
     ) -> Tensor:
-        ctx.save_for_backward(grad_output, input, target, weight)
+        ctx.save_for_backward(grad_output, logarithms, target, weight)
         ctx.options = options
-        return _gradient(grad_output, input, target, weight, options)
+        return _gradient(grad_output, logarithms, target, weight, options)
 
     @staticmethod
     def backward(ctx: Any, double_grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output, input, target, weight = ctx.saved_tensors
+        grad_output, logarithms, target, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             results = differentiable_double_backward(
-                lambda x: _cross_entropy(x, target, weight, ctx.options), [input], grad_output, [double_grad]
+                lambda x: _cross_entropy(x, target, weight, ctx.options), [logarithms], grad_output, [double_grad]
             )
             return *results, None, None, None
-        terms = _Terms(input, target, weight, ctx.options)
-        probabilities = torch._softmax(input, terms.dim, False)
+        terms = _Terms(logarithms, target, weight, ctx.options)
+        probabilities = logarithms.exp()
         weighted = probabilities * double_grad
         mean = weighted.sum(terms.dim, keepdim=True)
         of_terms = terms.total * mean - terms.inner_product(double_grad)
-        of_input = weighted.addcmul_(probabilities, mean, value=-1)
-        of_input.mul_(terms.grad(grad_output) * terms.total)
-        return terms.reduce(of_terms), of_input, None, None, None
+        of_logits = weighted.addcmul_(probabilities, mean, value=-1)
+        of_logits.mul_(terms.grad(grad_output) * terms.total)
+        return terms.reduce(of_terms), of_logits, None, None, None
 
 
-_cross_entropy_layer: Callable[..., Tensor] = _CrossEntropy.apply
+_cross_entropy_layer: Callable[..., tuple[Tensor, Tensor]] = _CrossEntropy.apply
 _cross_entropy_backward: Callable[..., Tensor] = _CrossEntropyBackward.apply
+
+
+def _class_dim(input: Tensor) -> int:
+    return 1 if input.dim() > 1 else 0
 
 
 def _cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
@@ -174,12 +193,14 @@ def _cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options
     )
 
 
-def _gradient(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
+def _gradient(
+    grad_output: Tensor, logarithms: Tensor, target: Tensor, weight: Tensor | None, options: _Options
+) -> Tensor:
     """The gradient of the logits: h (Q P − q)."""
-    terms = _Terms(input, target, weight, options)
+    terms = _Terms(logarithms, target, weight, options)
     grad = terms.grad(grad_output)
-    result = torch._softmax(input, terms.dim, False).mul_(grad * terms.total)
-    return terms.subtract_(result, grad)
+    # A new tensor, since `grad` may be a batch of gradients (is_grads_batched), and then the product is one.
+    return terms.subtract_(logarithms.exp() * (grad * terms.total), grad)
 
 
 class _Terms:
@@ -189,7 +210,7 @@ class _Terms:
     """
 
     def __init__(self, input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> None:
-        self.dim = 1 if input.dim() > 1 else 0
+        self.dim = _class_dim(input)
         self._options = options
         target = target.unsqueeze(self.dim)
         counts = target != options.ignore_index
@@ -288,7 +309,7 @@ def cross_entropy(
     own = own and (weight is None or not weight.requires_grad) and 0 <= label_smoothing <= 1 and input.dim() > 0
     if own and target.dtype == torch.long:
         input = autocast.to_float32(_CROSS_ENTROPY[input.device.type], input)
-        return _cross_entropy_layer(input, target, weight, _Options(ignore_index, reduction, label_smoothing))
+        return _cross_entropy_layer(input, target, weight, _Options(ignore_index, reduction, label_smoothing))[0]
     if own and target.is_floating_point() and target.shape == input.shape:
         return _with_probabilities(input, target, weight, reduction, label_smoothing)
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -302,7 +323,7 @@ def _with_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, smoothing: float
 ) -> Tensor:
     """−Σ w t log P over the classes, with the probabilities t smoothed toward 1 / C."""
-    dim = 1 if input.dim() > 1 else 0
+    dim = _class_dim(input)
     input = autocast.to_float32(_CROSS_ENTROPY[input.device.type], input)
     logarithms = log_softmax(input, dim)
     if smoothing:

@@ -145,3 +145,10 @@ def test_an_error_is_pytorchs(shape: tuple[int, ...], options: dict[str, Any]) -
 def test_third_derivatives_are_pytorchs(transposed: bool) -> None:
     layer, original = (TRANSPOSED if transposed else FORWARD)[1]
     assert_third_derivative_like_pytorch(layer, original, [draw(2, 2, 4, 4), draw(2, 2, 3, 3), draw(2)])
+
+
+def test_a_double_backward_keeps_no_more_tensors_than_it_was_given() -> None:
+    tensors, direction, saved = [draw(2, 2, 4, 4), draw(2, 2, 3, 3), draw(2)], draw(2, 2, 2, 2), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        torch.autograd.grad(convolution.conv2d(*tensors), tensors, direction, create_graph=True)
+    assert set(saved) == {tensor.data_ptr() for tensor in (*tensors[:2], direction)}

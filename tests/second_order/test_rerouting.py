@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from gam_fused.second_order import layers
+from gam_fused.second_order import layers, rerouting
 from tests.second_order.layers_common import TOLERANCE, draw, every_size_worthwhile, is_ours
 
 
@@ -101,10 +101,11 @@ LEFT_ALONE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_is_no_plain_differentiation_is_pytorchs(name: str) -> None:
+def test_what_is_no_plain_differentiation_is_pytorchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     expected = LEFT_ALONE[name]()
     torch.manual_seed(0)
+    monkeypatch.setitem(rerouting._REPLACEMENTS, F.conv2d, NotImplemented)  # to call that fails
     with layers():
         result = LEFT_ALONE[name]()
     assert not is_ours(result)
@@ -360,21 +361,40 @@ def test_autocast_around_everything_differentiates_twice() -> None:
 
 
 @over_calls
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_may_be_batched(name: str, create_graph: bool) -> None:
+    with layers():
+        output = CALLS[name]()
+    leaves = leaves_of(output)
+    directions = torch.randn(3, *output.shape, dtype=torch.float64)
+    together = grad(output, leaves, directions, is_grads_batched=True, retain_graph=True, create_graph=create_graph)
+    for i, direction in enumerate(directions):
+        apart = grad(output, leaves, direction, retain_graph=True)
+        torch.testing.assert_close([tensor[i] for tensor in together], list(apart), rtol=1e-11, atol=1e-11)
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    leaves: list[Tensor] = []
+    nodes = [output.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None:
+            nodes += [following for following, _ in node.next_functions]
+            leaves += [node.variable] if hasattr(node, "variable") else []
+    return leaves
+
+
+@over_calls
 def test_a_graph_is_freed_without_the_garbage_collector(name: str) -> None:
     gc.collect()
     gc.disable()
     try:
         with layers():
             output = CALLS[name]()
-        leaves: list[Tensor] = []
-        nodes = [output.grad_fn]
-        while nodes:
-            if (node := nodes.pop()) is not None:
-                nodes += [following for following, _ in node.next_functions]
-                leaves += [node.variable] if hasattr(node, "variable") else []
+        leaves = leaves_of(output)
         grads = grad(output.square().sum(), leaves, create_graph=True)
         watched = [weakref.ref(tensor) for tensor in (output, *leaves, *grads)]
-        del output, leaves, grads, nodes, node
+        del output, leaves, grads
         assert [reference() for reference in watched] == [None] * len(watched)
     finally:
         gc.enable()
@@ -384,12 +404,7 @@ def test_a_graph_is_freed_without_the_garbage_collector(name: str) -> None:
 def test_a_tensor_written_after_the_forward_pass_is_noticed(name: str) -> None:
     with layers():
         output = CALLS[name]()
-    leaves: list[Tensor] = []
-    nodes = [output.grad_fn]
-    while nodes:
-        if (node := nodes.pop()) is not None:
-            nodes += [following for following, _ in node.next_functions]
-            leaves += [node.variable] if hasattr(node, "variable") else []
+    leaves = leaves_of(output)
     grads = grad(output.square().sum(), leaves, create_graph=True)
     with torch.no_grad():
         for tensor in (output, *leaves):

@@ -142,6 +142,18 @@ def test_a_loss_of_nothing_counted_has_no_gradient() -> None:
     assert not grad.any()
 
 
+def test_logits_may_be_written_after_the_loss_as_in_pytorch() -> None:
+    scores, target = draw(4, 5), torch.tensor([0, 1, 2, 3])
+    results = []
+    for loss_of in (softmax.cross_entropy, F.cross_entropy):
+        logits = scores * 1
+        loss = loss_of(logits, target)
+        logits.zero_()
+        (grad,) = torch.autograd.grad(loss, scores, create_graph=True)
+        results.append([grad, *torch.autograd.grad(grad.square().sum(), scores)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_float32_cross_entropy_is_pytorchs() -> None:
     target = torch.randint(50, (40,))
     assert_like_pytorch(
