@@ -17,8 +17,10 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_known(device: str) -> bool:
-    """Whether autocast's rules for this type of device are known here, or autocast is off there."""
-    return device in _DISPATCH_KEYS or not torch.is_autocast_enabled(device)
+    """Whether autocast's rules for this type of device are known here, or autocast exists and is off there."""
+    return device in _DISPATCH_KEYS or (
+        torch.amp.is_autocast_available(device) and not torch.is_autocast_enabled(device)
+    )
 
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)

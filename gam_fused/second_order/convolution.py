@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import autocast
-from gam_fused.second_order.third_order import differentiable_double_backward
 
 _Options = tuple[list[int], list[int], list[int], bool, list[int], int]
 """stride, padding, dilation, transposed, output_padding, groups"""
@@ -72,10 +71,9 @@ class _ConvolutionBackward(torch.autograd.Function):
     def backward(
         ctx: Any, v_input: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        # Every operator below is differentiable in turn, so that third derivatives need nothing else.
         grad_output, input, weight = ctx.saved_tensors
         options: _Options = ctx.options
-        if torch.is_grad_enabled():
-            return *_with_graph(grad_output, input, weight, (v_input, v_weight, v_bias), options), None, None, None
         needs_grad_output, needs_input, needs_weight = ctx.needs_input_grad[:3]
         of_grad_output = of_input = of_weight = None
         if needs_grad_output:
@@ -111,23 +109,6 @@ def _of_grad_output(
     if v_bias is not None:
         return v_bias.view(-1, *[1] * (grad_output.dim() - 2)).expand_as(grad_output)
     return result
-
-
-def _with_graph(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    double_grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    options: _Options,
-) -> list[Tensor | None]:
-    v_input, v_weight, v_bias = double_grads
-    results = differentiable_double_backward(
-        lambda x, w: torch.convolution(x, w, None, *options), [input, weight], grad_output, [v_input, v_weight]
-    )
-    if v_bias is not None:
-        of_bias = v_bias.view(-1, *[1] * (grad_output.dim() - 2)).expand_as(grad_output)
-        results[0] = of_bias if results[0] is None else results[0] + of_bias
-    return results
 
 
 def _numbers(value: int | Sequence[int], dims: int) -> list[int]:

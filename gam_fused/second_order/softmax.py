@@ -308,15 +308,16 @@ def cross_entropy(
     own = size_average is None and reduce is None and is_worthwhile(input) and reduction in ("none", "mean", "sum")
     own = own and (weight is None or not weight.requires_grad) and 0 <= label_smoothing <= 1 and input.dim() > 0
     if own and target.dtype == torch.long:
-        input = autocast.to_float32(_CROSS_ENTROPY[input.device.type], input)
+        input = autocast.to_float32(_operator_of_cross_entropy(input), input)
         return _cross_entropy_layer(input, target, weight, _Options(ignore_index, reduction, label_smoothing))[0]
     if own and target.is_floating_point() and target.shape == input.shape:
         return _with_probabilities(input, target, weight, reduction, label_smoothing)
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
-_CROSS_ENTROPY = {"cpu": "cross_entropy_loss", "cuda": "log_softmax.int"}
-"""The operator that autocast casts the logits for."""
+def _operator_of_cross_entropy(input: Tensor) -> str:
+    """The operator for which autocast casts the logits."""
+    return "cross_entropy_loss" if input.device.type == "cpu" else "log_softmax.int"
 
 
 def _with_probabilities(
@@ -324,7 +325,7 @@ def _with_probabilities(
 ) -> Tensor:
     """−Σ w t log P over the classes, with the probabilities t smoothed toward 1 / C."""
     dim = _class_dim(input)
-    input = autocast.to_float32(_CROSS_ENTROPY[input.device.type], input)
+    input = autocast.to_float32(_operator_of_cross_entropy(input), input)
     logarithms = log_softmax(input, dim)
     if smoothing:
         target = target * (1 - smoothing) + smoothing / input.shape[dim]

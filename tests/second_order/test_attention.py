@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gam_fused.second_order import attention, attention_blocks
 from tests.second_order.layers_common import (
+    all_derivatives,
     assert_differentiable_twice,
     assert_like_pytorch,
     assert_third_derivative_like_pytorch,
@@ -127,6 +128,16 @@ def test_third_derivatives_with_dropout_see_the_same_mask() -> None:
 def test_narrow_floating_numbers_are_pytorchs(dtype: torch.dtype, options: dict[str, Any]) -> None:
     tensors = [draw(2, 3, 17, 8, dtype=dtype), draw(2, 3, 17, 8, dtype=dtype), draw(2, 3, 17, 8, dtype=dtype)]
     assert_like_pytorch(*functions(options), tensors)
+
+
+def test_narrow_floating_numbers_are_as_near_the_truth_as_pytorchs() -> None:
+    narrow = [draw(2, 3, 40, 16, dtype=torch.bfloat16) for _ in range(3)]
+    layer, original = functions({})
+    truth = all_derivatives(original, [tensor.detach().double().requires_grad_() for tensor in narrow])
+    ours, theirs = all_derivatives(layer, narrow), all_derivatives(original, narrow)
+    for name in ("double backward 0", "double backward 1", "double backward 2", "double backward 3"):
+        errors = [(found[name].double() - truth[name]).norm() for found in (ours, theirs)]
+        assert errors[0] <= 1.1 * errors[1], name
 
 
 @pytest.mark.parametrize("frozen", ["q", "k", "v", "qk", "qv", "kv"])

@@ -45,3 +45,4 @@ def test_a_device_with_rules_unknown_here_is_known_while_autocast_is_off_there()
     assert autocast.is_known("cpu")
     assert autocast.is_known("cuda")
     assert autocast.is_known("xpu")
+    assert not autocast.is_known("meta")  # it has no autocast

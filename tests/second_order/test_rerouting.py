@@ -112,6 +112,14 @@ def test_what_is_no_plain_differentiation_is_pytorchs(name: str, monkeypatch: py
     assert torch.equal(result, expected)
 
 
+def test_tensors_without_data_are_left_alone() -> None:
+    weight = torch.empty(4, 3, 3, 3, device="meta", requires_grad=True)
+    with layers():
+        output = F.conv2d(torch.empty(2, 3, 5, 5, device="meta"), weight)
+    assert output.shape == (2, 4, 3, 3)
+    assert not is_ours(output)
+
+
 # The first use of forward mode in a process compiles its formulas.
 compiles_formulas = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 
