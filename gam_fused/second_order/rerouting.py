@@ -34,7 +34,7 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 """By each function of PyTorch, the layer that takes its place: the same arguments, the same result."""
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def layers() -> TorchFunctionMode:
@@ -126,13 +126,15 @@ def _other_modes() -> bool:
 
 
 def _can_take(arguments: Iterable[Any]) -> bool:
-    requires_grad = False
+    differentiated: Tensor | None = None
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            if type(argument) not in _PLAIN or argument.layout != torch.strided or argument.is_nested:
+        if type(argument) in _PLAIN:
+            if argument.layout is not torch.strided or argument.is_nested:
                 return False
             if argument.requires_grad:
-                if argument.dtype not in _DTYPES or not autocast.is_known(argument.device.type):
+                if argument.dtype not in _DTYPES:
                     return False
-                requires_grad = True
-    return requires_grad
+                differentiated = argument
+        elif isinstance(argument, Tensor):
+            return False
+    return differentiated is not None and autocast.is_known(differentiated.device.type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-WORTHWHILE = 1 << 16
+WORTHWHILE = 1 << 17
 """Elements from which the double backward of an elementwise layer on a CPU is faster than PyTorch's composite: about
 the size of a core's cache. Below, the operators that are saved cost less than an autograd function in Python."""
 
