@@ -162,7 +162,7 @@ def cpu_extension() -> Extension:
 
     return Extension(
         "gam_fused._C",
-        ["csrc/ops.cpp", "csrc/build_info.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        ["csrc/ops.cpp", "csrc/build_info.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/second_order/*.cpp"))],
         library_dirs=library_paths("cpu"),
         libraries=["torch_cpu"],  # not torch_python: that one's interface changes with every release
         extra_compile_args={"cxx": cxx_flags(*includes("cpu"))},
