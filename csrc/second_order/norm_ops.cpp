@@ -41,7 +41,9 @@ using Results = std::tuple<Tensor, Tensor, Tensor>;
 constexpr int64_t kCachedBytes = int64_t{1} << 20;
 constexpr int64_t kSegment = 16384;       // elements of a channel that are a unit of work
 constexpr int64_t kRowsElements = 32768;  // about as many elements of several rows are one
-constexpr int64_t kMaxRowTasks = 64;
+// Rows whose shares in the gradient of a weight are added up in the accumulation type, unless there are only so few.
+constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kFewTasks = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) {
     return a / b + (a % b != 0);
@@ -324,7 +326,7 @@ std::vector<double> run_rows(const NormInputs& inputs, const NormOutputs& output
     const std::vector<A> of_gg_bias = in_accumulation_type<A>(numbers("gg_bias", gg_bias, size, 0));
     const LayerWeights weights = {of_weight.data(), gg_weight ? of_gg_weight.data() : nullptr,
                                   gg_bias ? of_gg_bias.data() : nullptr};
-    const int64_t rows_per_task = std::max(ceil_div(rows, kMaxRowTasks), std::min(rows, ceil_div(kRowsElements, size)));
+    const int64_t rows_per_task = std::min(ceil_div(rows, kFewTasks), kRowsPerTask);
     const int64_t tasks = ceil_div(rows, rows_per_task);
     std::vector<A> partials(static_cast<size_t>(needs_weight ? tasks * size : 0));
     const NormKernels& kernels = norm_kernels();

@@ -90,7 +90,6 @@ class BatchNorm:
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         saved: Saved,
         needs: Needs,
     ) -> Results:

@@ -54,3 +54,11 @@ def is_cast_by_autocast(*tensors: Tensor | None) -> bool:
     """
     given = [tensor for tensor in tensors if tensor is not None]
     return torch.is_autocast_enabled(given[0].device.type) and any(tensor.dtype in _NARROW for tensor in given)
+
+
+def has_normalized_shape(normalized_shape: tuple[int, ...], input: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the input ends in these dimensions and parameters consist of them; what is wrong is PyTorch's to say."""
+    dims = len(normalized_shape)
+    if dims == 0 or input.shape[-dims:] != normalized_shape:
+        return False
+    return all(parameter is None or parameter.shape == normalized_shape for parameter in parameters)

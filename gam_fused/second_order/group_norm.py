@@ -79,7 +79,6 @@ class GroupNorm:
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         saved: Saved,
         needs: Needs,
     ) -> Results:

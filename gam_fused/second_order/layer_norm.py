@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import formulas
-from gam_fused.second_order.eligibility import is_cast_by_autocast, is_differentiated
+from gam_fused.second_order.eligibility import has_normalized_shape, is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
 from gam_fused.second_order.normalization import Needs, Saved, normalize
 
@@ -36,7 +36,11 @@ def layer_norm(
         bias: the same.
         eps: added to the variance.
     """
-    if is_differentiated(input, weight, bias) and not is_cast_by_autocast(input, weight, bias):
+    if (
+        is_differentiated(input, weight, bias)
+        and not is_cast_by_autocast(input, weight, bias)
+        and has_normalized_shape(tuple(normalized_shape), input, weight, bias)
+    ):
         return normalize(LayerNorm(tuple(normalized_shape), eps), input, weight, bias)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -49,27 +53,27 @@ class LayerNorm:
     eps: float
 
     def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Any) -> tuple[Tensor, Saved]:
-        """Saves mean and invstd."""
+        """Saves mean and invstd, and the bias, which PyTorch's backward wants to see."""
         output, mean, invstd = torch.native_layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-        return output, (mean, invstd)
+        return output, (mean, invstd, bias)
 
     def backward(
         self,
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         saved: Saved,
         needs: Needs,
     ) -> Results:
         """PyTorch's."""
+        mean, invstd, bias = saved
         return torch.ops.aten.native_layer_norm_backward(
-            grad_output, input, self.normalized_shape, *saved, weight, bias, list(needs)
+            grad_output, input, self.normalized_shape, mean, invstd, weight, bias, list(needs)
         )
 
     def statistics(self, input: Tensor, saved: Saved, *, differentiable: bool) -> tuple[Tensor | None, Tensor]:
         """Of each row."""
-        mean, invstd = saved
+        mean, invstd, _ = saved
         assert invstd is not None
         if not differentiable:
             return mean, invstd

@@ -20,7 +20,7 @@ class Normalization(Protocol):
     """One call of a layer: its settings, and its derivatives."""
 
     def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Any) -> tuple[Tensor, Saved]:
-        """The output, and what the backward needs besides grad_output, input and parameters."""
+        """The output, and what the backward needs besides grad_output, input and weight."""
         ...
 
     def backward(
@@ -28,7 +28,6 @@ class Normalization(Protocol):
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         saved: Saved,
         needs: Needs,
     ) -> Results:
@@ -65,7 +64,7 @@ def normalize(
 ) -> Tensor:
     """The layer's output, with its derivatives of every order.
 
-    Alive until the second derivative: what PyTorch's own layer keeps, that is input, parameters and statistics, and
+    Alive until the second derivative: what PyTorch's own layer keeps, that is input, weight and statistics, and
     grad_output from the first derivative on. Third and higher derivatives are made of plain operators.
     """
     return _Forward.apply(layer, input, weight, bias, *buffers)  # type: ignore[no-untyped-call]
@@ -79,18 +78,18 @@ class _Forward(torch.autograd.Function):
         output, saved = layer.forward(input, weight, bias, *buffers)
         ctx.layer = layer
         ctx.buffers = len(buffers)
-        ctx.save_for_backward(input, weight, bias, *saved)
+        ctx.save_for_backward(input, weight, *saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        input, weight, bias, *saved = ctx.saved_tensors
+        input, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            arguments = ctx.layer, needs, grad_output, input, weight, bias, *saved
+            arguments = ctx.layer, needs, grad_output, input, weight, *saved
             grads = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
-            grads = _only(needs, ctx.layer.backward(grad_output, input, weight, bias, saved, needs))
+            grads = _only(needs, ctx.layer.backward(grad_output, input, weight, saved, needs))
         return None, *grads, *(None for _ in range(ctx.buffers))
 
 
@@ -103,13 +102,12 @@ class _Backward(torch.autograd.Function):
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         *saved: Any,
     ) -> Results:
         ctx.set_materialize_grads(False)
         ctx.layer = layer
         ctx.save_for_backward(grad_output, input, weight, *saved)
-        return _only(needs, layer.backward(grad_output, input, weight, bias, saved, needs))
+        return _only(needs, layer.backward(grad_output, input, weight, saved, needs))
 
     @staticmethod
     def backward(ctx: Any, *double_grads: Tensor | None) -> tuple[Any, ...]:
@@ -121,7 +119,7 @@ class _Backward(torch.autograd.Function):
         if any(grad is not None for grad in double_grads):
             statistics = ctx.layer.statistics(input, saved, differentiable=is_differentiable)
             grads = ctx.layer.double_backward(kernels, grad_output, input, weight, statistics, *double_grads, needs)
-        return None, None, *grads, None, *(None for _ in saved)
+        return None, None, *grads, *(None for _ in saved)
 
 
 def _only(needs: Needs, grads: Results) -> Results:

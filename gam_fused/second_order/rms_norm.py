@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import formulas
-from gam_fused.second_order.eligibility import is_cast_by_autocast, is_differentiated
+from gam_fused.second_order.eligibility import has_normalized_shape, is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
 from gam_fused.second_order.normalization import Needs, Saved, normalize
 
@@ -33,7 +33,11 @@ def rms_norm(
         weight: of shape ``normalized_shape``.
         eps: added to the mean of squares; PyTorch's choice if ``None``.
     """
-    if is_differentiated(input, weight) and not is_cast_by_autocast(input, weight):
+    if (
+        is_differentiated(input, weight)
+        and not is_cast_by_autocast(input, weight)
+        and has_normalized_shape(tuple(normalized_shape), input, weight)
+    ):
         return normalize(RMSNorm(tuple(normalized_shape), eps), input, weight, None)
     return F.rms_norm(input, normalized_shape, weight, eps)
 
@@ -55,7 +59,6 @@ class RMSNorm:
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         saved: Saved,
         needs: Needs,
     ) -> Results:
