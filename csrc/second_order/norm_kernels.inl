@@ -71,6 +71,41 @@ GAM_FUSED_INLINE void for_each_block(int64_t size, int64_t block_size, const Fun
     }
 }
 
+template <typename A>
+GAM_FUSED_INLINE void load_lanes(typename Lanes<A>::type& lanes, const A* from) {
+    __builtin_memcpy(&lanes, from, sizeof lanes);
+}
+
+// compute(results, elements), of one vector or one number of each list, for all of a block. Spelled out in vectors:
+// compilers do not vectorise loops over this many lists that might overlap.
+template <typename A, int kResults, int kLists, typename Compute>
+GAM_FUSED_INLINE void map(A* const (&results)[kResults], const A* const (&lists)[kLists], int64_t size,
+                          const Compute& compute) {
+    using Vector = typename Lanes<A>::type;
+    constexpr int64_t kCount = Lanes<A>::kCount;
+    int64_t i = 0;
+    for (; i + kCount <= size; i += kCount) {
+        Vector computed[kResults], elements[kLists];
+        for (int k = 0; k < kLists; ++k) {
+            load_lanes<A>(elements[k], lists[k] + i);
+        }
+        compute(computed, elements);
+        for (int k = 0; k < kResults; ++k) {
+            __builtin_memcpy(results[k] + i, &computed[k], sizeof(Vector));
+        }
+    }
+    for (; i < size; ++i) {
+        A computed[kResults], elements[kLists];
+        for (int k = 0; k < kLists; ++k) {
+            elements[k] = lists[k][i];
+        }
+        compute(computed, elements);
+        for (int k = 0; k < kResults; ++k) {
+            results[k][i] = computed[k];
+        }
+    }
+}
+
 // ---------------------------------------------------------------- sums over a run
 
 template <typename A>
@@ -98,11 +133,6 @@ struct Accumulators {
         return total<A>(both);
     }
 };
-
-template <typename A>
-GAM_FUSED_INLINE void load_lanes(typename Lanes<A>::type& lanes, const A* from) {
-    __builtin_memcpy(&lanes, from, sizeof lanes);
-}
 
 // add(sums, addresses of one vector's elements in each list), for all vectors of a block; zeros fill up the last one.
 template <typename A, int kSums, int kLists, typename Add>
@@ -179,29 +209,26 @@ GAM_FUSED_INLINE Coefficients<A> rounded(const NormCoefficients& exact) {
             static_cast<A>(exact.gx_1)};
 }
 
-template <typename A>
-GAM_FUSED_INLINE void plane_block(A* __restrict ggo, A* __restrict gx, const A* __restrict u, const A* __restrict x,
-                                  const A* __restrict v, int64_t size, A center, const Coefficients<A>& k) {
-    for (int64_t i = 0; i < size; ++i) {
-        const A d = x[i] - center;
-        ggo[i] = v[i] * k.ggo_v + (d * k.ggo_d + k.ggo_1);
-        gx[i] = (v[i] * k.gx_v + u[i] * k.gx_u) + (d * k.gx_d + k.gx_1);
-    }
-}
-
 template <typename T>
 void plane_outputs_of(const NormInputs& inputs, const NormOutputs& outputs, int64_t begin, int64_t size, double mean,
                       const NormCoefficients& exact) {
     using A = accumulation_t<T>;
-    const Coefficients<A> coefficients = rounded<A>(exact);
+    const Coefficients<A> k = rounded<A>(exact);
+    const A center = static_cast<A>(mean);
     for_each_block(size, kBlock, [&](int64_t from, int64_t block_size) {
         A u_block[kBlock], x_block[kBlock], v_block[kBlock], ggo_block[kBlock], gx_block[kBlock];
         const int64_t at = begin + from;
         A* const ggo = target<T>(ggo_block, outputs.grad_grad_output, at);
         A* const gx = target<T>(gx_block, outputs.grad_input, at);
-        plane_block(ggo, gx, view<T>(u_block, inputs.grad_output, at, block_size),
-                    view<T>(x_block, inputs.input, at, block_size), view<T>(v_block, inputs.gg_input, at, block_size),
-                    block_size, static_cast<A>(mean), coefficients);
+        A* const results[] = {ggo, gx};
+        const A* const lists[] = {view<T>(u_block, inputs.grad_output, at, block_size),
+                                  view<T>(x_block, inputs.input, at, block_size),
+                                  view<T>(v_block, inputs.gg_input, at, block_size)};
+        map(results, lists, block_size, [&](auto& computed, const auto& elements) {
+            const auto u = elements[0], d = elements[1] - center, v = elements[2];
+            computed[0] = v * k.ggo_v + (d * k.ggo_d + k.ggo_1);
+            computed[1] = (v * k.gx_v + u * k.gx_u) + (d * k.gx_d + k.gx_1);
+        });
         put_back<T>(ggo, outputs.grad_grad_output, at, block_size);
         put_back<T>(gx, outputs.grad_input, at, block_size);
     });
@@ -222,21 +249,28 @@ struct TileSums {
 };
 
 template <typename A, int kRows>
-GAM_FUSED_INLINE void add_rows(TileSums<A>& __restrict sums, const A* const (&u)[kRowsAtATime],
-                               const A* const (&x)[kRowsAtATime], const A* const (&v)[kRowsAtATime],
-                               const A* __restrict center, int64_t size) {
-    for (int64_t c = 0; c < size; ++c) {
-        A sum_u = sums.u[c], sum_u_d = sums.u_d[c], sum_v = sums.v[c], sum_v_d = sums.v_d[c], sum_v_u = sums.v_u[c];
-        for (int row = 0; row < kRows; ++row) {
-            const A d = x[row][c] - center[c];
-            sum_u += u[row][c];
-            sum_u_d += u[row][c] * d;
-            sum_v += v[row][c];
-            sum_v_d += v[row][c] * d;
-            sum_v_u += v[row][c] * u[row][c];
-        }
-        sums.u[c] = sum_u, sums.u_d[c] = sum_u_d, sums.v[c] = sum_v, sums.v_d[c] = sum_v_d, sums.v_u[c] = sum_v_u;
+GAM_FUSED_INLINE void add_rows(TileSums<A>& sums, const A* const (&u)[kRowsAtATime], const A* const (&x)[kRowsAtATime],
+                               const A* const (&v)[kRowsAtATime], const A* center, int64_t size) {
+    A* const results[] = {sums.u, sums.u_d, sums.v, sums.v_d, sums.v_u};
+    const A* lists[6 + 3 * kRows] = {sums.u, sums.u_d, sums.v, sums.v_d, sums.v_u, center};
+    for (int row = 0; row < kRows; ++row) {
+        lists[6 + 3 * row] = u[row];
+        lists[7 + 3 * row] = x[row];
+        lists[8 + 3 * row] = v[row];
     }
+    map<A, 5, 6 + 3 * kRows>(results, lists, size, [](auto& computed, const auto& of) {
+        for (int k = 0; k < 5; ++k) {
+            computed[k] = of[k];
+        }
+        for (int row = 0; row < kRows; ++row) {
+            const auto each_u = of[6 + 3 * row], d = of[7 + 3 * row] - of[5], each_v = of[8 + 3 * row];
+            computed[0] += each_u;
+            computed[1] += each_u * d;
+            computed[2] += each_v;
+            computed[3] += each_v * d;
+            computed[4] += each_v * each_u;
+        }
+    });
 }
 
 template <typename T>
@@ -292,16 +326,6 @@ struct TileCoefficients {
     A center[kTile], ggo_v[kTile], ggo_d[kTile], ggo_1[kTile], gx_v[kTile], gx_u[kTile], gx_d[kTile], gx_1[kTile];
 };
 
-template <typename A>
-GAM_FUSED_INLINE void channel_row(A* __restrict ggo, A* __restrict gx, const A* __restrict u, const A* __restrict x,
-                                  const A* __restrict v, int64_t size, const TileCoefficients<A>& __restrict k) {
-    for (int64_t c = 0; c < size; ++c) {
-        const A d = x[c] - k.center[c];
-        ggo[c] = v[c] * k.ggo_v[c] + (d * k.ggo_d[c] + k.ggo_1[c]);
-        gx[c] = (v[c] * k.gx_v[c] + u[c] * k.gx_u[c]) + (d * k.gx_d[c] + k.gx_1[c]);
-    }
-}
-
 template <typename T>
 void channel_outputs_of(const NormInputs& inputs, const NormOutputs& outputs, int64_t begin, int64_t rows,
                         int64_t channels, const double* mean, const NormCoefficients* exact) {
@@ -320,8 +344,23 @@ void channel_outputs_of(const NormInputs& inputs, const NormOutputs& outputs, in
             const int64_t at = begin + row * channels + first;
             A* const ggo = target<T>(ggo_block, outputs.grad_grad_output, at);
             A* const gx = target<T>(gx_block, outputs.grad_input, at);
-            channel_row(ggo, gx, view<T>(u_block, inputs.grad_output, at, tile),
-                        view<T>(x_block, inputs.input, at, tile), view<T>(v_block, inputs.gg_input, at, tile), tile, k);
+            A* const results[] = {ggo, gx};
+            const A* const lists[] = {view<T>(u_block, inputs.grad_output, at, tile),
+                                      view<T>(x_block, inputs.input, at, tile),
+                                      view<T>(v_block, inputs.gg_input, at, tile),
+                                      k.center,
+                                      k.ggo_v,
+                                      k.ggo_d,
+                                      k.ggo_1,
+                                      k.gx_v,
+                                      k.gx_u,
+                                      k.gx_d,
+                                      k.gx_1};
+            map(results, lists, tile, [&](auto& computed, const auto& of) {
+                const auto u = of[0], d = of[1] - of[3], v = of[2];
+                computed[0] = v * of[4] + (d * of[5] + of[6]);
+                computed[1] = (v * of[7] + u * of[8]) + (d * of[9] + of[10]);
+            });
             put_back<T>(ggo, outputs.grad_grad_output, at, tile);
             put_back<T>(gx, outputs.grad_input, at, tile);
         }
@@ -386,20 +425,6 @@ struct RowTerms {
     A gx_d, gx_1;
 };
 
-template <typename A>
-GAM_FUSED_INLINE void row_block(A* __restrict ggo, A* __restrict gx, A* __restrict grad_weight, const A* __restrict u,
-                                const A* __restrict x, const A* __restrict v, const A* __restrict weight,
-                                const A* __restrict gg_weight, const A* __restrict gg_bias, int64_t size,
-                                const RowTerms<A>& k) {
-    for (int64_t i = 0; i < size; ++i) {
-        const A d = x[i] - k.center;
-        const A p = v[i] * k.p_v + (d * k.p_d + k.p_1);
-        ggo[i] = weight[i] * p + (gg_weight[i] * (d * k.invstd) + gg_bias[i]);
-        gx[i] = (v[i] * k.gx_v + u[i] * (weight[i] * k.gx_g + gg_weight[i] * k.invstd)) + (d * k.gx_d + k.gx_1);
-        grad_weight[i] += u[i] * p;
-    }
-}
-
 template <typename T>
 void layer_rows_of(const NormInputs& inputs, const NormOutputs& outputs, int64_t begin, int64_t rows, int64_t size,
                    const double* mean, const double* invstd, const LayerWeights& weights, void* grad_weight) {
@@ -434,10 +459,21 @@ void layer_rows_of(const NormInputs& inputs, const NormOutputs& outputs, int64_t
             A* const ggo = target<T>(ggo_block, outputs.grad_grad_output, at);
             A* const gx = target<T>(gx_block, outputs.grad_input, at);
             A* const gw = grad_weight == nullptr ? unwanted : static_cast<A*>(grad_weight) + from;
-            row_block(ggo, gx, gw, view<T>(u_block, inputs.grad_output, at, block_size),
-                      view<T>(x_block, inputs.input, at, block_size), view<T>(v_block, inputs.gg_input, at, block_size),
-                      weight + from, gg_weight == nullptr ? kZeros<A> : gg_weight + from,
-                      gg_bias == nullptr ? kZeros<A> : gg_bias + from, block_size, k);
+            A* const results[] = {ggo, gx, gw};
+            const A* const lists[] = {view<T>(u_block, inputs.grad_output, at, block_size),
+                                      view<T>(x_block, inputs.input, at, block_size),
+                                      view<T>(v_block, inputs.gg_input, at, block_size),
+                                      gw,
+                                      weight + from,
+                                      gg_weight == nullptr ? kZeros<A> : gg_weight + from,
+                                      gg_bias == nullptr ? kZeros<A> : gg_bias + from};
+            map(results, lists, block_size, [&](auto& computed, const auto& of) {
+                const auto u = of[0], d = of[1] - k.center, v = of[2], w = of[4], a = of[5], b = of[6];
+                const auto p = v * k.p_v + (d * k.p_d + k.p_1);
+                computed[0] = w * p + (a * (d * k.invstd) + b);
+                computed[1] = (v * k.gx_v + u * (w * k.gx_g + a * k.invstd)) + (d * k.gx_d + k.gx_1);
+                computed[2] = of[3] + u * p;
+            });
             put_back<T>(ggo, outputs.grad_grad_output, at, block_size);
             put_back<T>(gx, outputs.grad_input, at, block_size);
         });

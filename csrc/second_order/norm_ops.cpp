@@ -39,6 +39,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor>;
 
 // Of the inputs of one set: what it reads twice then comes from a core's own cache the second time.
 constexpr int64_t kCachedBytes = int64_t{1} << 20;
+// Shorter runs of one set, with others between them, are better read along with those.
+constexpr int64_t kRunBytes = 2048;
 constexpr int64_t kSegment = 16384;       // elements of a channel that are a unit of work
 constexpr int64_t kRowsElements = 32768;  // about as many elements of several rows are one
 // Rows whose shares in the gradient of a weight are added up in the accumulation type, unless there are only so few.
@@ -146,7 +148,9 @@ class ChannelNorm {
             conclude_set(set);
         };
         const int64_t elements = sets_.elements_per_set();
-        const bool is_cached = elements * 3 * static_cast<int64_t>(size_of(inputs_.dtype)) <= kCachedBytes;
+        const auto element_bytes = static_cast<int64_t>(size_of(inputs_.dtype));
+        const bool is_cached = 3 * elements * element_bytes <= kCachedBytes &&
+                               (sets_.outer == 1 || sets_.inner * element_bytes >= kRunBytes);
         if (is_cached && sets_.sets() >= int64_t{torch::stable::get_num_threads()}) {
             for_each(sets_.sets(), elements, [&](int64_t set) {
                 for_pieces_of_set(set, [&](int64_t, int64_t number) { sum(number); });
