@@ -130,8 +130,8 @@ def double_backward(
     vectors = [activations(), *(numbers(grad.shape) for grad in used[1:])]
     inputs = [grad_output, x, parameters[0]]
 
-    def call() -> None:
-        torch.autograd.grad(used, inputs, vectors, retain_graph=True)
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(used, inputs, vectors, retain_graph=True)
 
     return call
 

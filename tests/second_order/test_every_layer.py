@@ -65,6 +65,26 @@ def test_value_gradient_and_product_are_those_of_pytorch(
         assert_close(found[what], expected[what], TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("parameter_dtype", ["same", torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@over({name: LARGER[name] for name in ("batch_norm", "batch_norm-2d", "group_norm", "instance_norm", "layer_norm")})
+def test_narrow_dtypes_lose_no_more_than_in_pytorch(
+    case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype | str, kernels: str
+) -> None:
+    x, *parameters = case.tensors(dtype)
+    if isinstance(parameter_dtype, torch.dtype):
+        parameters = [p.detach().to(parameter_dtype).requires_grad_() for p in parameters]
+    tensors = [x, *parameters]
+    found, other = derivatives(case.ours, tensors), derivatives(case.theirs, tensors)
+    exact = derivatives(case.theirs, [t.detach().double().requires_grad_() for t in tensors])
+    assert is_ours(case.ours(*tensors))
+    for what, values in exact.items():
+        for one, theirs, expected in zip(found[what], other[what], values, strict=True):
+            assert one.dtype == theirs.dtype
+            # Both round what the layer is given and what it returns; one more such rounding is neither's fault.
+            assert relative_error(one, expected) <= relative_error(theirs, expected) + torch.finfo(dtype).eps
+
+
 @over(LARGER)
 def test_gradient_without_a_graph_is_pytorchs_to_the_bit(case: Case) -> None:
     tensors = case.tensors(torch.float32)

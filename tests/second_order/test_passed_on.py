@@ -27,6 +27,14 @@ def test_without_a_graph(case: Case) -> None:
 
 
 @over(LARGER)
+def test_while_compiling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = case.tensors()
+    assert is_ours(case.ours(*tensors))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not is_ours(case.ours(*tensors))
+
+
+@over(LARGER)
 def test_without_elements(case: Case) -> None:
     x, *parameters = case.tensors()
     empty = x.detach()[:0].requires_grad_()
