@@ -80,8 +80,17 @@ class BatchNorm:
 
     def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, *buffers: Any) -> tuple[Tensor, Saved]:
         """Saves no running statistics in training, where they are updated and not needed."""
-        output, mean, invstd, reserve, self.implementation = torch.ops.aten._batch_norm_impl_index(
-            input, weight, bias, *buffers, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled
+        running_mean, running_var = buffers
+        output, mean, invstd, reserve, self.implementation = torch._batch_norm_impl_index(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            self.training,
+            self.momentum,
+            self.eps,
+            torch.backends.cudnn.enabled,
         )
         return output, (mean, invstd, reserve, *((None, None) if self.training else buffers))
 
