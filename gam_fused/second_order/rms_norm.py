@@ -37,6 +37,7 @@ def rms_norm(
         is_differentiated(input, weight)
         and not is_cast_by_autocast(input, weight)
         and has_normalized_shape(tuple(normalized_shape), input, weight)
+        and (weight is None or weight.dtype == input.dtype)  # PyTorch's kernels have no mixture of dtypes
     ):
         return normalize(RMSNorm(tuple(normalized_shape), eps), input, weight, None)
     return F.rms_norm(input, normalized_shape, weight, eps)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gam_fused.second_order.rms_norm import rms_norm
 from tests.second_order.common import LARGER, Case, is_ours, over
 
 
@@ -122,3 +123,12 @@ def test_parameters_of_a_dtype_that_pytorch_refuses(case: Case) -> None:
     with pytest.raises(RuntimeError) as ours:
         case.ours(x.float(), w, b)
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_rms_norm_of_two_dtypes() -> None:
+    x = torch.randn(3, 8).bfloat16().requires_grad_()
+    w = torch.randn(8, requires_grad=True)
+    output = rms_norm(x, [8], w)
+    assert not is_ours(output)
+    assert torch.equal(output, F.rms_norm(x, [8], w))
