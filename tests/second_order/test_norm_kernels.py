@@ -25,7 +25,8 @@ from tests.second_order.common import assert_close, needs_native, relative_error
 
 pytestmark = needs_native
 
-KINDS = ("batch_norm", "batch_norm-eval", "group_norm", "layer_norm", "rms_norm")
+ROW_KINDS = ("layer_norm", "rms_norm")  # without channels
+KINDS = ("batch_norm", "batch_norm-eval", "group_norm", *ROW_KINDS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -96,7 +97,7 @@ CUTS = [(2, 3, 16385), (1, 1, 40_000), (3, 258, 5), (70, 300), (130, 4, 2), (5, 
 @pytest.mark.parametrize("shape", CUTS, ids=str)
 @over_kinds
 def test_sizes_around_the_cuts(kind: str, shape: tuple[int, ...], channels_last: bool) -> None:
-    if channels_last and ("norm" not in kind or kind in ("layer_norm", "rms_norm")):
+    if channels_last and kind in ROW_KINDS:
         return
     groups = 2 if shape[1] % 2 == 0 else 1
     check(kind, arguments(kind, shape, channels_last=channels_last, groups=groups), 1e-12)
@@ -113,7 +114,7 @@ def calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], torch.dtype]:
         kind,
         shape,
         dtype,
-        channels_last=draw(st.booleans()) and kind not in ("layer_norm", "rms_norm"),
+        channels_last=draw(st.booleans()) and kind not in ROW_KINDS,
         missing=draw(st.frozensets(st.sampled_from(("weight", "gg_input", "gg_weight", "gg_bias")))),
         needs=draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
         groups=groups,
@@ -133,7 +134,7 @@ def test_kernels_follow_the_formulas(call: tuple[str, tuple[Any, ...], torch.dty
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @over_kinds
 def test_narrow_dtypes_are_rounded_once(kind: str, channels_last: bool, dtype: torch.dtype) -> None:
-    shape = (5, 6, 41) if kind in ("layer_norm", "rms_norm") or not channels_last else (5, 6, 41, 1)
+    shape = (5, 6, 41) if kind in ROW_KINDS or not channels_last else (5, 6, 41, 1)
     values = arguments(kind, shape, dtype, channels_last=channels_last and len(shape) == 4, groups=3)
     found, exact = function(native, kind)(*values), function(formulas, kind)(*in_float64(values))
     for one, other in zip(found, exact, strict=True):
@@ -149,7 +150,7 @@ def test_narrow_dtypes_are_rounded_once(kind: str, channels_last: bool, dtype: t
 @pytest.mark.parametrize("shape", [(4, 8, 96, 97), (16, 8, 48, 48), (2, 3, 45_000), (3000, 90)], ids=str)
 @over_kinds
 def test_results_do_not_depend_on_the_number_of_threads(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    formats = [False] if len(shape) < 4 or kind in ("layer_norm", "rms_norm") else [False, True]
+    formats = [False] if len(shape) < 4 or kind in ROW_KINDS else [False, True]
     for channels_last in formats:
         values = arguments(kind, shape, dtype, channels_last=channels_last, groups=shape[1] // 2 or 1)
         with threads(1):
@@ -191,7 +192,7 @@ def digest() -> str:
     for kind in KINDS:
         for dtype in DTYPES:
             for shape in ((3, 6, 7, 5), (2, 6, 1500), (33, 300)):
-                for channels_last in {False, len(shape) == 4 and kind not in ("layer_norm", "rms_norm")}:
+                for channels_last in {False, len(shape) == 4 and kind not in ROW_KINDS}:
                     values = arguments(kind, shape, dtype, channels_last=channels_last, groups=3, generator=generator)
                     hashed = hashlib.sha256()
                     for result in function(native, kind)(*values):
@@ -240,7 +241,7 @@ def test_opcheck(kind: str) -> None:
 
 @over_kinds
 def test_fake_results_look_like_the_real_ones(kind: str) -> None:
-    channels_last = kind not in ("layer_norm", "rms_norm")
+    channels_last = kind not in ROW_KINDS
     values = arguments(kind, (3, 4, 5, 6), channels_last=channels_last, groups=2)
     real = function(native, kind)(*values)
     with FakeTensorMode() as mode:
