@@ -136,14 +136,21 @@ def test_third_derivative_is_right(case: Case) -> None:
     tensors = case.tensors()
     vectors = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in tensors]
 
-    def product(*inputs: Tensor) -> tuple[Tensor, ...]:
-        output = case.ours(*inputs)
-        assert is_ours(output)
-        weights = torch.linspace(0.3, 1.7, output.numel(), dtype=output.dtype).view(output.shape)
-        grads = torch.autograd.grad((output.tanh() * weights).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(grads, inputs, vectors, create_graph=True)
+    def product_of(function: Function) -> Callable[..., tuple[Tensor, ...]]:
+        def product(*inputs: Tensor) -> tuple[Tensor, ...]:
+            output = function(*inputs)
+            weights = torch.linspace(0.3, 1.7, output.numel(), dtype=output.dtype).view(output.shape)
+            grads = torch.autograd.grad((output.tanh() * weights).sum(), inputs, create_graph=True)
+            return torch.autograd.grad(grads, inputs, vectors, create_graph=True)
 
-    assert torch.autograd.gradcheck(product, tensors)
+        return product
+
+    ours, theirs = product_of(case.ours), product_of(case.theirs)
+    assert is_ours(case.ours(*tensors))
+    assert torch.autograd.gradcheck(ours, tensors)
+    # A product of another function than the layer's would agree with its own derivative, too.
+    products = [[each.detach() for each in product(*tensors)] for product in (ours, theirs)]
+    assert_close(*products, 1e-12)
 
 
 @needs_native
