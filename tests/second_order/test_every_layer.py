@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +153,26 @@ def test_third_derivative_is_right(case: Case) -> None:
     # A product of another function than the layer's would agree with its own derivative, too.
     products = [[each.detach() for each in product(*tensors)] for product in (ours, theirs)]
     assert_close(*products, 1e-12)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2], ids=["grad_output", "input", "weight"])
+@over(LARGER)
+def test_nothing_is_computed_for_what_is_frozen(case: Case, frozen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def note(*arguments: Any) -> Any:
+        computed.append(arguments[-3:])
+        return getattr(formulas, case.operator)(*arguments)
+
+    monkeypatch.setattr(normalization, "kernels_for", lambda device: SimpleNamespace(**{case.operator: note}))
+    x, weight, *bias = case.tensors()
+    grad_output = torch.randn_like(x).requires_grad_()
+    [grad_output, x, weight][frozen].requires_grad_(False)
+    inputs = [t for t in (x, weight, *bias) if t.requires_grad]
+    grads = torch.autograd.grad(case.ours(x, weight, *bias), inputs, grad_output, create_graph=True)
+    used = [t for t in (grad_output, x, weight) if t.requires_grad]
+    torch.autograd.grad(grads, used, [torch.ones_like(grad) for grad in grads], allow_unused=True)
+    assert computed == [tuple(i != frozen for i in range(3))]
 
 
 @needs_native
