@@ -133,3 +133,11 @@ def test_rms_norm_of_two_dtypes() -> None:
     output = rms_norm(x, [8], w)
     assert not is_ours(output)
     assert torch.equal(output, F.rms_norm(x, [8], w))
+
+
+@over({name: LARGER[name] for name in ("group_norm", "layer_norm", "rms_norm")})
+def test_what_autocast_may_cast(case: Case) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_ours(case.ours(*case.tensors(torch.bfloat16)))
+        assert is_ours(case.ours(*case.tensors(torch.float32)))
+    assert is_ours(case.ours(*case.tensors(torch.bfloat16)))
