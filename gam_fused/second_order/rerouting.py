@@ -15,8 +15,12 @@ from gam_fused.second_order import (
     activations,
     attention,
     autocast,
+    batch_norm,
     convolution,
+    group_norm,
+    layer_norm,
     multi_head_attention,
+    rms_norm,
     softmax,
 )
 from gam_fused.second_order.inner_calls import without_overrides
@@ -24,8 +28,12 @@ from gam_fused.second_order.inner_calls import without_overrides
 _MODULES = (
     activations,
     attention,
+    batch_norm,
     convolution,
+    group_norm,
+    layer_norm,
     multi_head_attention,
+    rms_norm,
     softmax,
 )
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
