@@ -220,7 +220,7 @@ def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names_out_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     """A parser of comma-separated names."""
     known = list(known)
 
@@ -244,8 +244,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=lambda text: list(dict.fromkeys(text.split(","))),
         help=f"names separated by commas; {LOOP} is plain PyTorch, a tensor at a time (default: all that there are)",
     )
-    parser.add_argument("--shapes", type=_names(SHAPES), help=f"out of {','.join(SHAPES)} (default: all but tiny)")
-    parser.add_argument("--dtype", type=_names(DTYPES), default=["fp32"], help="fp32, bf16 or both (default: fp32)")
+    parser.add_argument(
+        "--shapes", type=names_out_of(SHAPES), help=f"out of {','.join(SHAPES)} (default: all but tiny)"
+    )
+    parser.add_argument(
+        "--dtype", type=names_out_of(DTYPES), default=["fp32"], help="fp32, bf16 or both (default: fp32)"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, help="timings of each (default: 15)")
     parser.add_argument(

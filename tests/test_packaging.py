@@ -166,7 +166,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_torch_is_the_only_unconditional_dependency(metadata: Message) -> None:
     requirements = metadata.get_all("Requires-Dist", [])
     assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.10"]
-    assert metadata.get_all("Provides-Extra") == ["cli", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["bench", "cli", "dev"]
 
 
 def test_metadata_states_version_licence_and_python(metadata: Message) -> None:
