@@ -28,7 +28,9 @@ CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_INSTALLED := $(CUDA_VENV)/.installed
 
-.PHONY: help demo test build lint format format-check typecheck check cuda-wheel clean distclean
+OLDEST_TRITON := build/triton-oldest
+
+.PHONY: help demo test build lint format format-check typecheck check cuda-wheel triton-oldest clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -67,6 +69,11 @@ cuda-wheel: $(CUDA_INSTALLED)  ## build the wheel with CUDA kernels, install it 
 	    $(CUDA_BIN)/python setup.py -q build --build-base build/cuda bdist_wheel --dist-dir dist/cuda
 	$(CUDA_BIN)/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall dist/cuda/*.whl
 	cd $(CUDA_VENV) && bin/python -W ignore ../tests/installed.py --cuda
+
+triton-oldest: $(INSTALLED)  ## compile the Triton kernels with the oldest Triton that is supported
+	rm -rf $(OLDEST_TRITON)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton_compile.py
 
 clean:  ## remove what builds, tests and the demo leave behind
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DEMO_DIR)
