@@ -47,7 +47,7 @@ def evaluate(
     replay: Replay,
     *,
     create_graph: bool,
-    second_order: str = "auto",
+    second_order: str = "off",
 ) -> Evaluation:
     """Run ``closure`` once and differentiate.
 

@@ -88,9 +88,9 @@ class GAM(OptimizerWrapper):
             Concerns the adversarial point in every back end, and the update where a fused rule makes it: in steps with
             a flatness term, on native and triton, with SGD, Adam and AdamW. All other updates round as the base
             optimizer does.
-        second_order: ``"auto"``: where a closure is differentiated twice, convolutions, attention, activations and the
-            like run on the layers of :mod:`gam_fused.second_order`, the same functions with a faster double backward.
-            ``"off"``: on PyTorch's own.
+        second_order: ``"auto"``: where a closure is differentiated twice, normalization, convolutions, attention,
+            activations and the like run on the layers of :mod:`gam_fused.second_order`, the same functions with a
+            shorter double backward. ``"off"``: on PyTorch's own.
         base_kwargs: for the base optimizer: ``lr``, ``momentum``, ``weight_decay``, …
 
     Attributes:
@@ -119,7 +119,7 @@ class GAM(OptimizerWrapper):
         backend: str = "auto",
         interval: int = 1,
         rounding: str = "nearest",
-        second_order: str = "auto",
+        second_order: str = "off",
         **base_kwargs: Any,
     ) -> None:
         arguments.check_base_optimizer_class(base_optimizer)
@@ -150,7 +150,7 @@ class GAM(OptimizerWrapper):
         backend: str = "auto",
         interval: int = 1,
         rounding: str = "nearest",
-        second_order: str = "auto",
+        second_order: str = "off",
     ) -> GAM:
         """GAM around an optimizer already built, whose groups and state it keeps.
 

@@ -128,6 +128,9 @@ inline void write_numbers(const std::vector<double>& from, Tensor& to) {
     if (!dtype) {
         fail("weight: expected float64, float32, bfloat16 or float16");
     }
+    if (static_cast<size_t>(to.numel()) != from.size()) {
+        fail("weight: expected ", from.size(), " numbers, got ", to.numel());
+    }
     void* const data = to.mutable_data_ptr();
     with_type(*dtype, [&](auto type) {
         using T = decltype(type);

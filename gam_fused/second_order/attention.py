@@ -52,7 +52,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         ctx.options = options
-        ctx.fused = _is_fused(query, value, mask, keep)
+        ctx.fused = _is_fused(query, key, value, mask, keep)
         if ctx.fused:
             output, logsumexp = _flash(query, key, value, 0.0, options.is_causal, attn_mask=mask, scale=options.scale)
             ctx.save_for_backward(query, key, value, mask, keep, output, logsumexp)
@@ -117,14 +117,15 @@ def by_matrix_products(
     return probabilities.to(value.dtype) @ value
 
 
-def _is_fused(query: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None) -> bool:
+def _is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None) -> bool:
     return (
         query.device.type == "cpu"
         and keep is None
         and query.shape[-1] == value.shape[-1]
         and query.numel() > 0
         and value.numel() > 0
-        and query.stride(-1) == value.stride(-1) == 1
+        # What the kernel takes for granted of all three.
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and (mask is None or mask.dtype == query.dtype)
     )
 
@@ -176,7 +177,7 @@ def scaled_dot_product_attention(
     """
     query, key, value = autocast.to_lower_precision("scaled_dot_product_attention", query, key, value)
     shapes = _shapes(query, key, value, attn_mask, is_causal, enable_gqa)
-    if shapes is None:
+    if shapes is None or dropout_p >= 1:  # nothing is kept, or it is an error
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

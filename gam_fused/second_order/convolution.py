@@ -17,6 +17,7 @@ as a convolution with batch and channels exchanged, for which its back ends are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -113,8 +114,8 @@ def _of_grad_output(
 
 def _numbers(value: int | Sequence[int], dims: int) -> list[int]:
     """One number per spatial dimension."""
-    if isinstance(value, int):
-        return [value] * dims
+    if not isinstance(value, list | tuple):
+        return [index(value)] * dims  # type: ignore[arg-type]  # numbers of NumPy's, and tensors of one integer, too
     return list(value) if len(value) == dims else list(value) * dims
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,6 +42,11 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 """By each function of PyTorch, the layer that takes its place: the same arguments, the same result."""
 
+_ARGUMENTS: dict[Callable[..., Any], frozenset[str]] = {
+    original: frozenset(inspect.signature(layer).parameters) for original, layer in _REPLACEMENTS.items()
+}
+"""The names of each layer's arguments: calls by others, such as ``axis`` and ``out``, are left to PyTorch."""
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
@@ -56,7 +62,8 @@ def layers() -> TorchFunctionMode:
         (slope.square().sum(dim=(1, 2, 3)).sqrt() - 1).square().mean().backward()
 
     Only the forward pass has to be inside, unless ``torch.utils.checkpoint`` runs it again in the backward pass: then
-    that, too. Values and derivatives are PyTorch's up to rounding, dtypes and draws of random numbers are exactly its.
+    that, too. Values and derivatives are PyTorch's up to rounding, dtypes are exactly its, and so are draws of random
+    numbers on the CPU (attention: those of its plain form).
     What has no layer here runs as before: other functions, tensor subclasses, integer, complex and sparse tensors,
     calls in which nothing requires gradients, ``torch.func`` transforms, forward-mode differentiation,
     ``torch.compile`` and ``torch.jit``. So does everything inside of a ``TorchFunctionMode`` that was there before:
@@ -80,12 +87,22 @@ def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: di
     For the ``__torch_function__`` of a mode, whose arguments these are.
     """
     if (layer := _REPLACEMENTS.get(func)) is not None:
-        if _PLAIN.issuperset(types) and _is_eager() and _can_take([*args, *kwargs.values()]):
+        if (
+            _PLAIN.issuperset(types)
+            and _has_arguments(func, kwargs)
+            and _is_eager()
+            and _can_take([*args, *kwargs.values()])
+        ):
             return layer(*args, **kwargs)
-    elif (differentiate := _DIFFERENTIATION.get(func)) is not None and not _other_modes():
+    elif (differentiate := _DIFFERENTIATION.get(func)) is not None and _PLAIN.issuperset(types) and not _other_modes():
         with _Layers():
             return differentiate(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _has_arguments(func: Callable[..., Any], kwargs: Iterable[str]) -> bool:
+    names = _ARGUMENTS[func]
+    return names.issuperset(kwargs) or "kwargs" in names
 
 
 def _grad(*args: Any, **kwargs: Any) -> Any:

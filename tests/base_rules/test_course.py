@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from gam_fused.second_order import layers
 from tests.base_rules.common import Task, assert_same_course, bases, fusing
 from tests.states import assert_same, snapshot
 
@@ -106,9 +105,8 @@ def test_a_step_in_two_halves_is_fused_as_well(base: str, backend: str, launches
     task, twin = Task(), Task()
     halves, whole = task.gam(base, backend), twin.gam(base, backend)
     for _ in range(3):
-        with layers():  # as a closure is run by step
-            halves.first_step(task.loss())
-            halves.second_step(task.loss())
+        halves.first_step(task.loss())
+        halves.second_step(task.loss())
         whole.step(twin.loss)
     assert len(launches) == 12
     assert_same(snapshot(task.model, halves), snapshot(twin.model, whole))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gam_fused.second_order import attention, attention_blocks
+from gam_fused.second_order import attention, attention_blocks, layers
 from tests.second_order.layers_common import (
     all_derivatives,
     assert_differentiable_twice,
@@ -210,3 +210,31 @@ def test_no_tensor_is_larger_than_one_heads_attention_matrix(
             grads = torch.autograd.grad(output, tensors, torch.ones_like(output), create_graph=True)
             torch.autograd.grad(grads, tensors, [torch.ones_like(grad) for grad in grads])
         assert seen.elements == expected
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("layout", ["transposed", "every other element", "expanded"])
+def test_any_operand_may_have_gaps_in_its_last_dimension(place: int, layout: str) -> None:
+    """The fused kernel takes elements that lie side by side for granted."""
+    operands = [draw(2, 3, length, 16).detach() for length in (9, 11, 11)]
+    if layout == "transposed":
+        operands[place] = operands[place].mT.contiguous().mT
+    elif layout == "every other element":
+        operands[place] = operands[place].repeat_interleave(2, -1)[..., ::2]
+    else:
+        operands[place] = operands[place][..., :1].expand(operands[place].shape)
+    results = []
+    for context in (layers(), sdpa_kernel(SDPBackend.MATH)):
+        leaves = [operand.detach().requires_grad_() for operand in operands]
+        with context:
+            output = F.scaled_dot_product_attention(*leaves)
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_dropping_everything_gives_pytorchs_zeros() -> None:
+    operands = [draw(1, 2, 5, 4) for _ in range(3)]
+    with layers():
+        output = F.scaled_dot_product_attention(*operands, dropout_p=1.0)
+    assert torch.equal(output, torch.zeros_like(output))

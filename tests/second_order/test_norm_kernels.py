@@ -306,3 +306,11 @@ def test_results_are_close_where_the_layer_is_degenerate() -> None:
     values[1], values[3], values[4] = x, torch.ones(1, 3).double(), torch.full((1, 3), 1e3).double()
     found, expected = native.group_norm_double_backward(*values), formulas.group_norm_double_backward(*values)
     assert_close(found, expected, 1e-12)
+
+
+def test_a_weight_of_another_size_raises_beside_an_empty_input() -> None:
+    empty = torch.randn(0, 5000)
+    with pytest.raises(RuntimeError, match="weight: expected 5000 numbers, got 1"):
+        torch.ops.gam_fused.layer_norm_double_backward(
+            empty, empty, torch.ones(1), None, torch.zeros(0), empty, None, None, 1, True, True, True
+        )

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -419,3 +420,37 @@ def test_a_tensor_written_after_the_forward_pass_is_noticed(name: str) -> None:
             tensor.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         grad(grads, leaves, [torch.ones_like(tensor) for tensor in grads])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.softmax(x, axis=1),
+        lambda x, w: x.log_softmax(axis=1),
+        lambda x, w: torch.softmax(x, 1, out=None),
+        lambda x, w: F.conv2d(x, w, stride=np.int64(2)),
+        lambda x, w: F.conv2d(x, w, stride=torch.tensor(2)),
+        lambda x, w: F.conv2d(x, w, padding=[np.int64(1)]),
+    ],
+    ids=["axis", "method", "out", "numpy", "tensor", "list"],
+)
+def test_arguments_may_be_written_in_every_way_that_pytorch_takes(call: Callable[..., Tensor]) -> None:
+    x, w = draw(2, 3, 6, 6), draw(3, 3, 3, 3)
+    expected = call(x, w)
+    with layers():
+        torch.testing.assert_close(call(x, w), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_subclass_differentiates_by_its_own_handler() -> None:
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    leaf = draw(3).detach().as_subclass(Watched).requires_grad_()
+    with layers():
+        torch.autograd.grad(leaf.square().sum(), leaf)
+    assert torch.autograd.grad in seen

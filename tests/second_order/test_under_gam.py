@@ -72,6 +72,7 @@ class Task:
         torch.manual_seed(4)
         self.model = MODELS[name]().double()
         self.inputs, self.labels = draw(6, 3, 5, 5).detach(), torch.arange(6) % 5
+        options = {"second_order": "auto", **options}
         self.optimizer = GAM(self.model.parameters(), momentum=0.9, model=self.model, **HYPERPARAMETERS, **options)
 
     def loss(self) -> Tensor:
@@ -146,7 +147,8 @@ def test_closures_run_on_these_layers_where_they_are_differentiated_twice(
 def test_an_optimizer_that_is_wrapped_takes_the_choice() -> None:
     param = draw(3)
     assert GAM.wrap(torch.optim.SGD([param], lr=0.1), second_order="off").second_order == "off"
-    assert GAM.wrap(torch.optim.SGD([param], lr=0.1)).second_order == "auto"
+    assert GAM.wrap(torch.optim.SGD([param], lr=0.1), second_order="auto").second_order == "auto"
+    assert GAM.wrap(torch.optim.SGD([param], lr=0.1)).second_order == "off"
 
 
 def test_an_unknown_choice_names_the_choices() -> None:
