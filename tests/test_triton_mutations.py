@@ -26,22 +26,37 @@ MISTAKES = {
         OPERATORS,
     ),
     "the tail dropped": (
-        "triton_kernels.py",
+        "triton_kernels/chunks.py",
         "        return count\n",
         "        return count // CHUNK * CHUNK\n",
         OPERATORS,
     ),
     "the last element left out": (
-        "triton_kernels.py",
+        "triton_kernels/chunks.py",
         "return offsets < count",
         "return offsets < count - 1",
         OPERATORS,
     ),
-    "the guard skipped": ("triton_kernels.py", "holds = holds & is_finite(tl.load(guards + i))", "pass", RULES),
-    "found_inf not heeded": ("triton_kernels.py", "(tl.load(found_inf) == 0.0)", "(tl.load(found_inf) < 9.0)", RULES),
-    "steps not counted": ("triton_kernels.py", "tl.load(counts, mask=mask) + 1.0", "tl.load(counts, mask=mask)", ADAMW),
+    "the guard skipped": (
+        "triton_kernels/steps.py",
+        "is_taken = is_taken & is_finite(tl.load(guards + i))",
+        "pass",
+        RULES,
+    ),
+    "found_inf not heeded": (
+        "triton_kernels/steps.py",
+        "(tl.load(found_inf) == 0.0)",
+        "(tl.load(found_inf) < 9.0)",
+        RULES,
+    ),
+    "steps not counted": (
+        "triton_kernels/adamw.py",
+        "tl.load(counts, mask=mask) + 1.0",
+        "tl.load(counts, mask=mask)",
+        ADAMW,
+    ),
     "one key for all chunks": (
-        "triton_kernels.py",
+        "triton_kernels/chunks.py",
         "places = (begin & 0xFFFFFFFF).to(tl.uint32) + offsets.to(tl.uint32)",
         "places = offsets.to(tl.uint32)",
         ROUNDING,
@@ -53,7 +68,7 @@ MISTAKES = {
         "one_minus_dampening * (momentum * buffer + d)",
         "tests/kernels/base_rules/test_torch_optim.py",
     ),
-    "always moved": ("triton_kernels.py", "tl.where(is_moved, moved, theta)", "moved", OPERATORS),
+    "always moved": ("triton_kernels/perturb.py", "tl.where(is_moved, moved, theta)", "moved", OPERATORS),
 }
 
 
