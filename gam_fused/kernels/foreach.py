@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.interface import Backend, accumulation_dtype
+from gam_fused.kernels.interface import Backend, accumulation_dtype, as_scalar
 from gam_fused.kernels.rounding import places_of, rounded
 from gam_fused.kernels.rules import TensorList
 from gam_fused.kernels.validation import checked
@@ -73,7 +73,7 @@ class ForeachBackend(Backend):
         if not params:
             return
         wide = accumulation_dtype(params[0].dtype)
-        norm_u, norm_g = _scalar(direction_norm, params), _scalar(grad_norm, params)
+        norm_u, norm_g = as_scalar(direction_norm, params), as_scalar(grad_norm, params)
         scale = rho / (norm_u + xi * (norm_g + xi))
         is_finite = norm_u.isfinite() & norm_g.isfinite() & scale.isfinite()
         # The adversarial point of the whole list has to exist before the first backup is written: once all backups are,
@@ -121,7 +121,7 @@ class ForeachBackend(Backend):
             return
         _copy(params, backups)
         wide = accumulation_dtype(params[0].dtype)
-        scale = alpha * rho / (_scalar(adversarial_norm, params) + xi)
+        scale = alpha * rho / (as_scalar(adversarial_norm, params) + xi)
         for batch in _batches(grads):
             penalty = torch._foreach_mul(_cast(hvps[batch], wide), scale)
             combined = _cast(grads[batch], wide)
@@ -133,11 +133,6 @@ class ForeachBackend(Backend):
 def _copy(to: TensorList, tensors: TensorList) -> None:
     if to:
         torch._foreach_copy_(list(to), list(tensors))
-
-
-def _scalar(norm: Tensor, tensors: TensorList) -> Tensor:
-    """The norm as a 0-d tensor to compute with beside ``tensors``."""
-    return norm.to(tensors[0].device, accumulation_dtype(tensors[0].dtype))
 
 
 def _cast(tensors: TensorList, dtype: torch.dtype) -> list[Tensor]:

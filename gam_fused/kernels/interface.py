@@ -30,6 +30,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_scalar(number: Tensor, tensors: TensorList) -> Tensor:
+    """A 0-d tensor to compute with beside ``tensors``: of their accumulation dtype, on their device."""
+    if not tensors or not isinstance(number, Tensor):
+        return number
+    wide, device = accumulation_dtype(tensors[0].dtype), tensors[0].device
+    return number if number.dtype == wide and number.device == device else number.to(device, wide)
+
+
 class Backend(ABC):
     """Multi-tensor arithmetic of a GAM step."""
 

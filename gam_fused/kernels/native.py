@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from gam_fused.kernels import extension, operators
-from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.interface import FusingBackend, as_scalar
 from gam_fused.kernels.layouts import copy_back, dense_copies
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
-from gam_fused.kernels.validation import validate_lists, validate_steps
 
 _Lists = Mapping[str, TensorList]
 
@@ -64,7 +63,7 @@ class NativeBackend(FusingBackend):
         rounding_seed: int | None = None,
     ) -> None:
         """See :meth:`Backend.perturb_`."""
-        norms = _like(direction_norm, params), _like(grad_norm, params)
+        norms = as_scalar(direction_norm, params), as_scalar(grad_norm, params)
         lists = {"params": params, "directions": directions}
         self._launch("perturb_", lists, (*norms, rho, xi), rounding_seed=_int64(rounding_seed))
 
@@ -87,7 +86,7 @@ class NativeBackend(FusingBackend):
     ) -> None:
         """See :meth:`Backend.combine_`."""
         lists = {"params": params, "backups": backups, "grads": grads, "hvps": hvps}
-        self._launch("combine_", lists, (_like(adversarial_norm, params), rho, alpha, xi))
+        self._launch("combine_", lists, (as_scalar(adversarial_norm, params), rho, alpha, xi))
 
     @torch.no_grad()
     def sgd_step_(
@@ -116,8 +115,11 @@ class NativeBackend(FusingBackend):
         **options: Any,
     ) -> None:
         params = descent.params
-        lists = {key: getattr(descent, key) for key in ("params", "backups", "grads", "hvps")} | dict(state)
-        norm, guards = _like(descent.adversarial_norm, params), [_like(guard, params) for guard in descent.guards]
+        lists = {**descent.lists, **state}
+        norm, guards = (
+            as_scalar(descent.adversarial_norm, params),
+            [as_scalar(guard, params) for guard in descent.guards],
+        )
         self._launch(
             name,
             lists,
@@ -164,28 +166,10 @@ def _dense_copies(name: str, lists: _Lists) -> _Lists:
 
     Raises ``ValueError``, as every back end does, where the lists are at fault.
     """
-    steps = lists.get("state_steps")
+    steps = lists.get("state_steps", ())
     lists = {key: tensors for key, tensors in lists.items() if key != "state_steps"}
-    written = operators.WRITTEN[name]
-    if not written:  # norms: of lists that have nothing to do with each other
-        for key, tensors in lists.items():
-            validate_lists(reads={key: tensors}, same_shape=False)
-        return dense_copies(lists, element_by_element=False)
-    validate_lists(
-        writes={key: tensors for key, tensors in lists.items() if key in written},
-        reads={key: tensors for key, tensors in lists.items() if key not in written},
-    )
-    if steps is not None:
-        validate_steps(steps, lists["params"])
-    return dense_copies(lists)
-
-
-def _like(scalar: Tensor, tensors: TensorList) -> Tensor:
-    """A number for a launch over ``tensors``: of their accumulation dtype, on their device."""
-    if not tensors or not isinstance(scalar, Tensor):
-        return scalar
-    wide, device = accumulation_dtype(tensors[0].dtype), tensors[0].device
-    return scalar if scalar.dtype == wide and scalar.device == device else scalar.to(device, wide)
+    operators.validate(name, lists, steps)
+    return dense_copies(lists, element_by_element=bool(operators.WRITTEN[name]))
 
 
 def _int64(seed: int | None) -> int | None:
@@ -195,5 +179,5 @@ def _int64(seed: int | None) -> int | None:
 
 def _learning_rate(lr: float | Tensor, params: TensorList) -> dict[str, Any]:
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return {"lr": 0.0, "lr_tensor": _like(lr, params)}
+        return {"lr": 0.0, "lr_tensor": as_scalar(lr, params)}
     return {"lr": float(lr)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.kernels import extension
-from gam_fused.kernels.validation import check_alike, check_lengths
+from gam_fused.kernels.validation import check_alike, check_lengths, validate_lists, validate_steps
 
 LISTS: dict[str, tuple[str, ...]] = {
     "l2_norm": ("tensors",),
@@ -37,6 +37,25 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "adamw_step_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
 """Those that it writes."""
+
+
+def validate(name: str, lists: Mapping[str, Sequence[Tensor]], steps: Sequence[Tensor] = ()) -> None:
+    """Check the lists of an operator, and Adam's step counts, as its interface says.
+
+    Raises:
+        ValueError: names the list and the index, what was found and what was expected.
+    """
+    if not WRITTEN[name]:  # norms: of lists that have nothing to do with each other
+        for key, tensors in lists.items():
+            validate_lists(reads={key: tensors}, same_shape=False)
+        return
+    validate_lists(
+        writes={key: tensors for key, tensors in lists.items() if key in WRITTEN[name]},
+        reads={key: tensors for key, tensors in lists.items() if key not in WRITTEN[name]},
+    )
+    if "state_steps" in WRITTEN[name]:
+        validate_steps(steps, lists["params"])
+
 
 _MAY_BE_EMPTY = ("momentum_buffers", "max_exp_avg_sqs")  # lists of state that a rule may do without
 

@@ -45,6 +45,11 @@ class Descent:
     found_inf: Tensor | None = None
     rounding_seed: int | None = None
 
+    @property
+    def lists(self) -> dict[str, TensorList]:
+        """Its lists by name, in the order in which operators take them."""
+        return {"params": self.params, "backups": self.backups, "grads": self.grads, "hvps": self.hvps}
+
 
 @dataclass(frozen=True)
 class AdamWState:

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from gam_fused.kernels import operators
-from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.interface import FusingBackend, accumulation_dtype, as_scalar
 from gam_fused.kernels.layouts import copy_back, dense_copies
 from gam_fused.kernels.pointer_tables import ALIGNMENT, DeviceTables
 from gam_fused.kernels.rounding import launch_key
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
-from gam_fused.kernels.validation import validate_lists, validate_steps
 
 _Lists = Mapping[str, TensorList]
 
@@ -145,7 +144,7 @@ class TritonBackend(FusingBackend):
     ) -> None:
         """See :meth:`FusingBackend.sgd_step_`."""
         params = descent.params
-        lists = _lists(descent)
+        lists = descent.lists
         if rule.momentum or momentum_buffers:
             lists["momentum_buffers"] = momentum_buffers
         if not any(lists.values()):
@@ -172,7 +171,7 @@ class TritonBackend(FusingBackend):
     def adamw_step_(self, descent: Descent, state: AdamWState, rule: AdamWRule) -> None:
         """See :meth:`FusingBackend.adamw_step_`. A second, small launch counts the steps."""
         params = descent.params
-        lists = {**_lists(descent), "exp_avgs": state.exp_avgs, "exp_avg_sqs": state.exp_avg_sqs}
+        lists = {**descent.lists, "exp_avgs": state.exp_avgs, "exp_avg_sqs": state.exp_avg_sqs}
         if rule.amsgrad or state.max_exp_avg_sqs:
             lists["max_exp_avg_sqs"] = state.max_exp_avg_sqs
         if not any(lists.values()) and not state.state_steps:
@@ -198,8 +197,8 @@ class TritonBackend(FusingBackend):
 
     def _norms(self, lists: _Lists) -> Tensor:
         first = next(iter(lists.values()))
+        operators.validate("l2_norm_pair", lists)
         for key, tensors in lists.items():
-            validate_lists(reads={key: tensors}, same_shape=False)
             if (tensors[0].dtype, tensors[0].device) != (first[0].dtype, first[0].device):
                 found, expected = (f"{tensor.dtype} on {tensor.device}" for tensor in (tensors[0], first[0]))
                 raise ValueError(f"{key}[0]: {found}, expected {expected} as {next(iter(lists))}[0]")
@@ -259,19 +258,13 @@ class _Operands:
 
     def __init__(self, name: str, lists: _Lists, steps: TensorList = ()) -> None:
         self._name, self._lists = name, lists
-        self._written = [key for key in lists if key in operators.WRITTEN[name]]
-        validate_lists(
-            writes={key: lists[key] for key in self._written},
-            reads={key: tensors for key, tensors in lists.items() if key not in self._written},
-        )
-        if "state_steps" in operators.WRITTEN[name]:
-            validate_steps(steps, lists["params"])
+        operators.validate(name, lists, steps)
         self._copies = dense_copies(lists)
         self.dense = list({**lists, **self._copies}.values())
         self.steps = steps
 
     def finish(self) -> None:
-        copy_back(self._lists, self._copies, self._written)
+        copy_back(self._lists, self._copies, [key for key in operators.WRITTEN[self._name] if key in self._lists])
         # Last: until every byte is written, versions say that none is.
         nothing: dict[str, TensorList] = dict.fromkeys(operators.WRITTEN[self._name], ())
         operators.count_mutations(self._name, {**nothing, **self._lists, "state_steps": self.steps})
@@ -388,10 +381,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return numpy.errstate(all="ignore")  # as devices do: infinities and NaN are values like others
 
 
-def _lists(descent: Descent) -> dict[str, TensorList]:
-    return {key: getattr(descent, key) for key in ("params", "backups", "grads", "hvps")}
-
-
 def _accumulation(params: TensorList) -> Any:
     return _language_dtype(accumulation_dtype(params[0].dtype)) if params else None
 
@@ -420,14 +409,11 @@ def _log(beta: float) -> float:
 
 
 def _scalar(name: str, scalar: Tensor, tensors: TensorList) -> Tensor:
-    """A number that a launch over ``tensors`` reads: of their accumulation dtype, on their device."""
+    """:func:`as_scalar`, or an error that names the argument."""
     if not isinstance(scalar, Tensor) or scalar.numel() != 1:
         found = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
         raise ValueError(f"{name}: {found}, expected a tensor of one element")
-    if not tensors:
-        return scalar
-    wide, device = accumulation_dtype(tensors[0].dtype), tensors[0].device
-    return scalar if scalar.dtype == wide and scalar.device == device else scalar.to(device, wide)
+    return as_scalar(scalar, tensors)
 
 
 def _float32(name: str, scalar: Tensor | None, params: TensorList) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gam_fused.second_order import formulas
 from gam_fused.second_order.eligibility import is_differentiated
 from gam_fused.second_order.formulas import Results
-from gam_fused.second_order.normalization import Needs, Saved, normalize
+from gam_fused.second_order.normalization import Needs, Operands, Saved, normalize
 
 
 def batch_norm(
@@ -131,22 +131,9 @@ class BatchNorm:
         set_dims = formulas.channel_dims(input)
         return formulas.statistics(input, invstd.view(shape), set_dims, centered=True)
 
-    def double_backward(
-        self,
-        kernels: ModuleType,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        statistics: tuple[Tensor | None, Tensor],
-        gg_input: Tensor | None,
-        gg_weight: Tensor | None,
-        gg_bias: Tensor | None,
-        needs: Needs,
-    ) -> Results:
+    def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
         """In one kernel."""
-        return kernels.batch_norm_double_backward(
-            grad_output, input, weight, *statistics, gg_input, gg_weight, gg_bias, self.training, *needs
-        )
+        return kernels.batch_norm_double_backward(*operands, self.training, *needs)
 
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: batch_norm}

@@ -17,7 +17,7 @@ from gam_fused.second_order.batch_norm import batch_norm
 from gam_fused.second_order.eligibility import is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
 from gam_fused.second_order.native import memory_format
-from gam_fused.second_order.normalization import Needs, Saved, normalize
+from gam_fused.second_order.normalization import Needs, Operands, Saved, normalize
 
 
 def group_norm(
@@ -106,22 +106,9 @@ class GroupNorm:
         groups = formulas.in_groups(input, self.num_groups)
         return formulas.statistics(groups, invstd.view(-1, self.num_groups, 1, 1), formulas.GROUP_DIMS, centered=True)
 
-    def double_backward(
-        self,
-        kernels: ModuleType,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        statistics: tuple[Tensor | None, Tensor],
-        gg_input: Tensor | None,
-        gg_weight: Tensor | None,
-        gg_bias: Tensor | None,
-        needs: Needs,
-    ) -> Results:
+    def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
         """In one kernel."""
-        return kernels.group_norm_double_backward(
-            grad_output, input, weight, *statistics, gg_input, gg_weight, gg_bias, self.num_groups, *needs
-        )
+        return kernels.group_norm_double_backward(*operands, self.num_groups, *needs)
 
 
 def instance_norm(

@@ -14,7 +14,7 @@ from torch import Tensor
 from gam_fused.second_order import formulas
 from gam_fused.second_order.eligibility import has_normalized_shape, is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
-from gam_fused.second_order.normalization import Needs, Saved, normalize
+from gam_fused.second_order.normalization import Needs, Operands, Saved, normalize
 
 
 def layer_norm(
@@ -80,23 +80,9 @@ class LayerNorm:
         set_dims = tuple(range(-len(self.normalized_shape), 0))
         return formulas.statistics(input, invstd, set_dims, centered=True)
 
-    def double_backward(
-        self,
-        kernels: ModuleType,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        statistics: tuple[Tensor | None, Tensor],
-        gg_input: Tensor | None,
-        gg_weight: Tensor | None,
-        gg_bias: Tensor | None,
-        needs: Needs,
-    ) -> Results:
+    def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
         """In one kernel."""
-        dims = len(self.normalized_shape)
-        return kernels.layer_norm_double_backward(
-            grad_output, input, weight, *statistics, gg_input, gg_weight, gg_bias, dims, *needs
-        )
+        return kernels.layer_norm_double_backward(*operands, len(self.normalized_shape), *needs)
 
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {F.layer_norm: layer_norm}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from gam_fused.second_order.formulas import Results
 
 Saved = Sequence[Tensor | None]
 Needs = tuple[bool, bool, bool]
+
+
+class Operands(NamedTuple):
+    """What the double backward of every layer starts from, in the order in which its functions take it."""
+
+    grad_output: Tensor
+    input: Tensor
+    weight: Tensor | None
+    mean: Tensor | None
+    invstd: Tensor
+    gg_input: Tensor | None
+    gg_weight: Tensor | None
+    gg_bias: Tensor | None
 
 
 class Normalization(Protocol):
@@ -41,13 +54,7 @@ class Normalization(Protocol):
     def double_backward(
         self,
         kernels: ModuleType,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        statistics: tuple[Tensor | None, Tensor],
-        gg_input: Tensor | None,
-        gg_weight: Tensor | None,
-        gg_bias: Tensor | None,
+        operands: Operands,
         needs: Needs,
     ) -> Results:
         """Gradients of grad_output, input and weight by the layer's function in ``kernels``."""
@@ -118,7 +125,8 @@ class _Backward(torch.autograd.Function):
         grads: Results = (None, None, None)
         if any(grad is not None for grad in double_grads):
             statistics = ctx.layer.statistics(input, saved, differentiable=is_differentiable)
-            grads = ctx.layer.double_backward(kernels, grad_output, input, weight, statistics, *double_grads, needs)
+            operands = Operands(grad_output, input, weight, *statistics, *double_grads)
+            grads = ctx.layer.double_backward(kernels, operands, needs)
         return None, None, *grads, *(None for _ in saved)
 
 

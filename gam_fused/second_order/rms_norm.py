@@ -14,7 +14,7 @@ from torch import Tensor
 from gam_fused.second_order import formulas
 from gam_fused.second_order.eligibility import has_normalized_shape, is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
-from gam_fused.second_order.normalization import Needs, Saved, normalize
+from gam_fused.second_order.normalization import Needs, Operands, Saved, normalize
 
 
 def rms_norm(
@@ -95,23 +95,9 @@ class RMSNorm:
             return None, invstd
         return None, formulas.statistics(input, invstd, self._set_dims(), centered=False)[1]
 
-    def double_backward(
-        self,
-        kernels: ModuleType,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        statistics: tuple[Tensor | None, Tensor],
-        gg_input: Tensor | None,
-        gg_weight: Tensor | None,
-        gg_bias: Tensor | None,
-        needs: Needs,
-    ) -> Results:
+    def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
         """In one kernel."""
-        dims = len(self.normalized_shape)
-        return kernels.layer_norm_double_backward(
-            grad_output, input, weight, *statistics, gg_input, gg_weight, gg_bias, dims, *needs
-        )
+        return kernels.layer_norm_double_backward(*operands, len(self.normalized_shape), *needs)
 
     def _set_dims(self) -> tuple[int, ...]:
         return tuple(range(-len(self.normalized_shape), 0))
