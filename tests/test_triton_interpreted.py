@@ -24,7 +24,7 @@ SHARED = {
     },
     "tests/kernels/test_triton.py": "",
     # What a GPU will be asked, as far as the interpreter can be: it takes its time.
-    "tests/gpu/test_on_device.py": "triton and cpu and (bf16 or whole_step or launches_of_a_step)",
+    "tests/gpu/test_on_device.py": "triton and cpu and (whole_step or launches_of_a_step or (bf16 and first))",
 }
 
 pytestmark = [
