@@ -17,7 +17,7 @@ g itself and the division is left to the launch that uses the result: with u = H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,15 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import arguments
-from gam_fused.base_rules import fused_step, has_fused_rule
 from gam_fused.closures import Closure, Evaluation, check_loss, differentiated, evaluate
 from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
-from gam_fused.interrupts import uninterrupted
-from gam_fused.kernels.grouping import buckets, global_norm, global_norm_pair, take
-from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.grouping import global_norm, global_norm_pair
 from gam_fused.kernels.rounding import seeds
-from gam_fused.kernels.rules import Descent
+from gam_fused.landing import Active, Landing, LandingOptimizer
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
 
@@ -46,7 +43,7 @@ DEFAULT_XI = 1e-12
 DEFAULT_FD_EPSILON = 1e-2
 
 
-class GAM(OptimizerWrapper):
+class GAM(LandingOptimizer):
     """Gradient norm Aware Minimization around any base optimizer.
 
     Example::
@@ -258,87 +255,19 @@ class GAM(OptimizerWrapper):
             first_order_flatness=adversarial_norm * max(active.rhos, default=0.0),
         )
         guards = [ascent.loss, at_adversarial.loss, ascent.grad_norm, ascent.norm, adversarial_norm, hvp_norm]
-        landing = _Landing(active, ascent.backups, ascent.grads, hvps, adversarial_norm)
-        with uninterrupted():
-            if not self._has_fused_rule(active):
-                self._descend_by_combining(transaction, landing, guards)
-                return
-            overflow = landing.overflow(ascent.grad_norm, hvp_norm)
-            if self._guards_on_device(transaction, active):
-                self._descend_on_device(transaction, landing, [*guards, *overflow])
-            elif _all_finite([*guards, *overflow]):
-                self._finish_replay(transaction)
-                self._fused_step(transaction, landing)
-                self._commit_fused(transaction)
-            else:  # or perhaps finite after all: the long way looks at every element
-                self._descend_by_combining(transaction, landing, guards)
-
-    def _descend_by_combining(self, transaction: Transaction, landing: _Landing, guards: list[Tensor]) -> None:
-        """In two launches, for any base optimizer: restore and combine; then the base optimizer's own step."""
-        self._restore_and_combine(transaction, landing)
-        # Whatever is not finite in a Hessian-vector product is not finite in the combined gradient either.
-        if _all_finite([*guards, global_norm(self._kernels, landing.grads)]):
-            self._step_base(transaction, landing.active.params, landing.grads)
-        else:
-            self._skip(transaction)
-
-    def _descend_on_device(self, transaction: Transaction, landing: _Landing, guards: list[Tensor]) -> None:
-        """In launches that do nothing but restore where a guard is not finite: the host never waits to learn it."""
-        is_finite = _finite(guards)
-        skipped_steps = self.metrics["skipped_steps"]
-        skipped_steps = skipped_steps + ~is_finite.to(skipped_steps.device)
-        self._finish_replay(transaction, is_finite)
-        # One verdict for all launches, whatever their dtypes make of the guards.
-        self._fused_step(transaction, landing, [torch.where(is_finite, 0.0, torch.inf)])
-        self._commit_fused(transaction, skipped_steps)
-
-    def _fused_step(self, transaction: Transaction, landing: _Landing, guards: Sequence[Tensor] = ()) -> None:
-        assert isinstance(self._kernels, FusingBackend)  # as _has_fused_rule has found
-        active = landing.active
-        descent = partial(landing.descent, guards=guards, rounding_seed=transaction.rounding_seed)
-        fused_step(self._kernels, self.base_optimizer, active.params, active.groups, active.penalties, descent)
-        transaction.forget_moves()
-
-    def _has_fused_rule(self, active: _Active) -> bool:
-        # Without a flatness term, the base optimizer's own step: GAM is then the base optimizer to the bit.
-        has_flatness = any(rho * alpha for rho, alpha, _ in active.penalties)
-        return has_flatness and has_fused_rule(self._kernels, self.base_optimizer, active.params, active.groups)
-
-    def _guards_on_device(self, transaction: Transaction, active: _Active) -> bool:
-        """Whether the host must not wait, and buffers can follow a decision that it does not know."""
-        return not transaction.replay.rebinds and any(param.device.type != "cpu" for param in active.params)
-
-    def _descend_by_gradient(self, transaction: Transaction, at_theta: Evaluation) -> None:
-        """Let the base optimizer step along g."""
-        active = self._active(transaction, at_theta)
-        grads = active.of(at_theta)
-        grad_norm = global_norm(self._kernels, grads)
-        self.metrics.update(loss=at_theta.loss, grad_norm=grad_norm)
-        with uninterrupted():
-            if _all_finite([at_theta.loss, grad_norm]):
-                self._step_base(transaction, active.params, grads)
-            else:
-                self._skip(transaction)
+        landing = Landing(active, active.penalties, ascent.backups, ascent.grads, hvps, adversarial_norm)
+        self._land(transaction, landing, guards, ascent.grad_norm, hvp_norm)
 
     def _finite_difference_hvp(
         self,
         transaction: Transaction,
         run: Callable[[], Evaluation],
         at: Evaluation,
-        active: _Active,
+        active: Active,
         vectors: list[Tensor],
     ) -> list[Tensor]:
         norm = global_norm(self._kernels, vectors)
         return finite_difference_hvp(transaction, run, active.indices, active.params, vectors, norm, self.fd_epsilon)
-
-    def _restore_and_combine(self, transaction: Transaction, landing: _Landing) -> None:
-        active = landing.active
-        for (_, _, rho, alpha, xi), at in buckets(active.params, active.penalties).items():
-            part = landing.descent(at, rho, alpha, xi)
-            self._kernels.combine_(
-                part.params, part.backups, part.grads, part.hvps, part.adversarial_norm, rho, alpha, xi
-            )
-        transaction.forget_moves()
 
     @torch.no_grad()
     def first_step(self, loss: Tensor) -> None:
@@ -397,51 +326,12 @@ class GAM(OptimizerWrapper):
             rounding_seeds=seeds(self.steps) if self.rounding == "stochastic" else None,
         )
 
-    def _active(self, transaction: Transaction, evaluation: Evaluation) -> _Active:
-        indices = [i for i, grad in enumerate(evaluation.gradients.total) if grad is not None]
-        return _Active(indices, take(transaction.params, indices), take(transaction.groups, indices), self.keys)
 
-
-@dataclass
-class _Active:
-    """The parameters that have a gradient in this step; all others are left alone."""
-
-    indices: list[int]
-    params: list[Tensor]
-    groups: list[dict[str, Any]]
-    keys: dict[str, str]
-
-    def of(self, evaluation: Evaluation) -> list[Tensor]:
-        """Their gradients, zero where the loss at this point does not depend on a parameter."""
-        total = evaluation.gradients.total
-        return [
-            torch.zeros_like(param) if (grad := total[i]) is None else grad
-            for i, param in zip(self.indices, self.params, strict=True)
-        ]
-
-    @property
-    def rhos(self) -> list[float]:
-        return [group[self.keys["rho"]] for group in self.groups]
-
-    @property
-    def xis(self) -> list[float]:
-        return [group[self.keys["xi"]] for group in self.groups]
-
-    @property
-    def penalties(self) -> list[tuple[float, float, float]]:
-        """(ρ, α, ξ) of each. A base optimizer that maximizes L is given g − α h to negate, so that flatness falls."""
-        alphas = [
-            -group[self.keys["alpha"]] if group.get("maximize", False) else group[self.keys["alpha"]]
-            for group in self.groups
-        ]
-        return list(zip(self.rhos, alphas, self.xis, strict=True))
-
-
-_HVP = Callable[[Evaluation, _Active, list[Tensor]], list[Tensor]]
+_HVP = Callable[[Evaluation, Active, list[Tensor]], list[Tensor]]
 """H v at the point of an evaluation, for its own gradient v of the active parameters."""
 
 
-def _exact_hvp(at: Evaluation, active: _Active, vectors: list[Tensor]) -> list[Tensor]:
+def _exact_hvp(at: Evaluation, active: Active, vectors: list[Tensor]) -> list[Tensor]:
     return at.gradients.hvp(active.indices, vectors)
 
 
@@ -449,71 +339,9 @@ def _exact_hvp(at: Evaluation, active: _Active, vectors: list[Tensor]) -> list[T
 class _Ascent:
     """What the first half of a step hands to the second, while the parameters stand at θ_adv."""
 
-    active: _Active
+    active: Active
     grads: list[Tensor]
     backups: list[Tensor]
     loss: Tensor
     grad_norm: Tensor
     norm: Tensor
-
-
-@dataclass
-class _Landing:
-    """What is left to do once both points have been differentiated: restore, combine, step."""
-
-    active: _Active
-    backups: list[Tensor]
-    grads: list[Tensor]
-    hvps: list[Tensor]
-    adversarial_norm: Tensor
-
-    def descent(
-        self,
-        at: list[int],
-        rho: float,
-        alpha: float,
-        xi: float,
-        *,
-        guards: Sequence[Tensor] = (),
-        rounding_seed: Callable[[], int | None] = lambda: None,
-    ) -> Descent:
-        """That of the parameters at these indices."""
-        lists = (take(tensors, at) for tensors in (self.active.params, self.backups, self.grads, self.hvps))
-        params, backups, grads, hvps = lists
-        norm, seed = self.adversarial_norm, rounding_seed()
-        return Descent(params, backups, grads, hvps, norm, rho, alpha, xi, guards, rounding_seed=seed)
-
-    def overflow(self, grad_norm: Tensor, hvp_norm: Tensor) -> list[Tensor]:
-        """0-d tensors, not finite where g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv may overflow its dtype.
-
-        No element of the sum is larger than the sum of the norms. In float16, norms of gradients that are well in range
-        may not be: there the largest elements are looked for.
-        """
-        limits = []
-        for (_, dtype, rho, alpha, xi), at in buckets(self.active.params, self.active.penalties).items():
-            norm = self.adversarial_norm.to(accumulation_dtype(dtype))  # as a launch is given it
-            g, h = grad_norm, hvp_norm
-            if dtype == torch.float16:
-                g, h = (_largest(take(tensors, at)).to(norm.device) for tensors in (self.grads, self.hvps))
-            bound = g + abs(alpha) * rho / (norm + xi) * h
-            limits += [norm, torch.where(bound < torch.finfo(dtype).max, 0.0, torch.inf)]
-        return limits
-
-
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude, as float32."""
-    with_elements = [tensor for tensor in tensors if tensor.numel()]
-    if not with_elements:
-        return torch.zeros((), dtype=torch.float32, device=tensors[0].device)
-    return torch.stack(torch._foreach_norm(with_elements, torch.inf)).max().float()
-
-
-def _finite(values: Sequence[Tensor]) -> Tensor:
-    """Whether all of them are: 0-d, on the first one's device."""
-    device = values[0].device
-    return torch.stack([torch.isfinite(value).reshape(()).to(device) for value in values]).all()
-
-
-def _all_finite(values: Sequence[Tensor]) -> bool:
-    """The guard: one read on the host."""
-    return bool(_finite(values))
