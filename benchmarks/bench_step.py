@@ -8,7 +8,9 @@
 A step is everything from the mini-batch to the new weights: forward passes, derivatives and the update, by SGD with
 momentum in each case. For every model, all contenders (step_contenders.py) start from equal weights and equal data and
 are timed in turns within one run. `of SGD` is how many times as long as the plain step a row takes, `of gradient` how
-many times as long as one gradient. A contender that applies the flatness term in every k-th step only is timed over k
+many times as long as one gradient. On a CPU every sample lasts a tenth of a second at least and follows a step of its
+own kind, as steps do in training, and the C library keeps freed memory (gam_fused.keep_freed_memory) unless it is told
+not to, for all contenders alike. A contender that applies the flatness term in every k-th step only is timed over k
 steps, and its numbers are per step. Operators and memory are what step_costs.py counts: `peak MiB` is the most that is
 allocated in a step, weights and optimizer state included; `kept MiB` is what of it stays between steps.
 
@@ -54,7 +56,8 @@ from benchmarks.step_contenders import (
 from benchmarks.step_costs import count_operators, step_memory
 from benchmarks.step_models import MODELS, NotInstalled, Problem, first_line, problem
 from benchmarks.tables import aligned, grouped, number, write_csv
-from benchmarks.timing import Timing, measure, timer_for
+from benchmarks.timing import HostTimer, Timer, Timing, measure, timer_for
+from gam_fused import keep_freed_memory
 
 # On request only: GPT-2 as it is published takes a minute for each repeat on a CPU, and tiny is for tests.
 DEFAULT_MODELS = tuple(name for name in MODELS if name not in ("gpt2", "tiny"))
@@ -137,7 +140,7 @@ def bench(
     costs = {contender: _costs(contender, run, of, device, settings) for contender, run in runs.items()}
     gc.collect()
     calls = {contender: run.call for contender, run in runs.items()}
-    timings = {**reasons, **measure(calls, timer_for(device), repeats)}
+    timings = {**reasons, **measure(calls, _timer(device), repeats)}
     for contender in contenders:
         row = Row(model, *_size(of), contender)
         timing = timings[contender]
@@ -145,6 +148,10 @@ def bench(
             yield replace(row, not_run=timing)
         else:
             yield replace(row, **costs[contender], **_times(contender, runs, timings))
+
+
+def _timer(device: torch.device) -> Timer:
+    return timer_for(device) if device.type == "cuda" else HostTimer(sample_seconds=0.1, after_its_own=True)
 
 
 def _size(of: Problem) -> tuple[int, int]:
@@ -237,6 +244,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--released-code", type=Path, metavar="DIR", help="a checkout of the authors' code, to be run")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
+    parser.add_argument(
+        "--return-freed-memory",
+        action="store_true",
+        help="to the operating system, as glibc does unless told to keep it",
+    )
     parser.add_argument("--repeats", type=int, help="timings of each (default: 15)")
     parser.add_argument(
         "--quick", action="store_true", help=f"unless given: 3 repeats, models {','.join(QUICK_MODELS)}"
@@ -258,11 +270,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    keeps_freed_memory = not options.return_freed_memory and keep_freed_memory()
     settings = Settings(released_code=options.released_code)
     header = {
         "machine": machine.description(options.device, "benchmarks.bench_step", arguments),
         "settings": {
             "repeats": options.repeats,
+            "keeps_freed_memory": keeps_freed_memory,
             "rho": RHO,
             "alpha": ALPHA,
             "sgd": settings.sgd,

@@ -15,8 +15,6 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], object]
 
-# A sample on the CPU repeats short calls until it has lasted this long.
-_SAMPLE_SECONDS = 1e-3
 _MAX_CALLS = 100
 
 _WARM_UPS = 2
@@ -74,8 +72,14 @@ class Timer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class HostTimer:
-    """Wall clock. Caches are as the call before left them, which is one of the others that are measured."""
+    """Wall clock. Caches are as the call before left them, which is one of the others that are measured, or its own."""
+
+    sample_seconds: float = 1e-3
+    """A sample repeats short calls until it has lasted this long."""
+    after_its_own: bool = False
+    """Whether each sample comes after a call of the same kind that is not timed, as in a loop of nothing else."""
 
     def prepare(self, call: Call) -> int:
         """Warm up; how often the call is to be repeated in each sample."""
@@ -83,10 +87,12 @@ class HostTimer:
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-        return min(_MAX_CALLS, math.ceil(_SAMPLE_SECONDS / seconds))
+        return min(_MAX_CALLS, math.ceil(self.sample_seconds / seconds))
 
     def sample(self, call: Call, times: int) -> Sample:
         """Time the call."""
+        if self.after_its_own:
+            call()
         start = time.perf_counter()
         for _ in range(times):
             call()

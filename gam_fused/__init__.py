@@ -2,5 +2,6 @@
 
 from gam_fused._version import __version__
 from gam_fused.gam import GAM
+from gam_fused.memory import keep_freed_memory
 
-__all__ = ["GAM", "__version__"]
+__all__ = ["GAM", "__version__", "keep_freed_memory"]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from gam_fused import keep_freed_memory
 from gam_fused.cli import training
 from gam_fused.cli.recipes import IN_WORDS, PLAIN
 from gam_fused.cli.run_folder import RunFolder, default_folder
@@ -104,5 +105,6 @@ def train(
         if name in IN_WORDS and value is not None
     }
     folder = RunFolder(out) if out else default_folder({**PLAIN, **given})
+    keep_freed_memory()
     trainer = training.resumed_run(given, folder) if resume else training.new_run(given, folder)
     training.run(trainer, folder, quiet)
