@@ -52,6 +52,9 @@ class Activations {
     int64_t size(int64_t dimension) const { return description_.sizes[dimension]; }
 
     bool is_contiguous() const {
+        if (numel() == 0) {
+            return true;
+        }
         int64_t run = 1;
         for (int64_t i = dim() - 1; i >= 0; --i) {
             if (!is_next(i, run)) {

@@ -2,11 +2,14 @@
 
 y = f(x) has the gradient g f′(x) for an incoming g. The double backward, for an incoming v, is v f′(x) for g, which is
 PyTorch's native backward again, and g v f″(x) for x. PyTorch composes these, and where a graph is asked for the first
-backward too, from ten to thirty operators, each of which leaves a tensor behind.
+backward too, from ten to thirty operators, each of which leaves a tensor behind. Where the extension is built, both
+come from one kernel on the CPU.
 
-Only what gains from it is here. ReLU and its kin, tanh and sigmoid are native or nearly so already; the composites of
-softplus, ELU, SELU, CELU and hardswish are short; Mish takes its time in its native kernels. Small tensors that stay in
-the CPU's cache gain nothing either, and are left to PyTorch.
+ReLU has no second derivative: PyTorch makes a tensor of zeros of it, and adds that.
+
+Only what gains from it is here. Tanh and sigmoid are native or nearly so already; the composites of softplus, ELU,
+SELU, CELU and hardswish are short; Mish takes its time in its native kernels. Small tensors that stay in the CPU's
+cache gain nothing either, and are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gam_fused.second_order import native
 from gam_fused.second_order.sizes import is_worthwhile
 from gam_fused.second_order.third_order import differentiable_double_backward
 
@@ -32,6 +36,8 @@ class _Rule(NamedTuple):
     """(g, x) → g f′(x)."""
     bend_: Callable[[Tensor, Tensor], Tensor]
     """(w, x) → w f″(x); may write into w."""
+    kernel: Callable[..., tuple[Tensor | None, Tensor | None]]
+    """(g, x, v, needs_grad_output, needs_input) → v f′(x), g v f″(x), compiled."""
 
 
 class _Activation(torch.autograd.Function):
@@ -63,13 +69,55 @@ class _ActivationBackward(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *differentiable_double_backward(rule.function, [input], grad_output, [double_grad]), None
         needs_grad_output, needs_input, _ = ctx.needs_input_grad
+        if _has_kernel(input):
+            return *rule.kernel(grad_output, input, double_grad, needs_grad_output, needs_input), None
         of_grad_output = rule.backward(double_grad, input) if needs_grad_output else None
         of_input = rule.bend_(grad_output * double_grad, input) if needs_input else None
         return of_grad_output, of_input, None
 
 
+def _has_kernel(input: Tensor) -> bool:
+    # In float64 the C library's functions, which do not vectorise, are slower than PyTorch's operators.
+    return input.dtype != torch.float64 and native.unavailable_reason(input.device) is None
+
+
 _activation: Callable[..., Tensor] = _Activation.apply
 _activation_backward: Callable[..., Tensor] = _ActivationBackward.apply
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        output = torch.relu(input)
+        ctx.save_for_backward(output)  # not the input, which may be needed for nothing else
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (output,) = ctx.saved_tensors
+        return _masked(grad_output, output.detach()) if torch.is_grad_enabled() else _mask(grad_output, output)
+
+
+class _Masked(torch.autograd.Function):
+    """Linear in the first argument, and piecewise constant in the second."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return _mask(grad_output, output)
+
+    @staticmethod
+    def backward(ctx: Any, double_grad: Tensor) -> tuple[Tensor, None]:
+        (output,) = ctx.saved_tensors
+        return (_masked if torch.is_grad_enabled() else _mask)(double_grad, output), None
+
+
+_rectify: Callable[..., Tensor] = _ReLU.apply
+_masked: Callable[..., Tensor] = _Masked.apply
+
+
+def _mask(tensor: Tensor, output: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward.default(tensor, output, 0)
 
 
 # ------------------------------------------------------------------ second derivatives
@@ -110,14 +158,15 @@ def _bend_silu_(weight: Tensor, x: Tensor) -> Tensor:
 _gelu_backward = torch.ops.aten.gelu_backward.default
 
 _GELU = {
-    "none": _Rule(F.gelu, _gelu_backward, _bend_gelu_),
+    "none": _Rule(F.gelu, _gelu_backward, _bend_gelu_, native.gelu_double_backward),
     "tanh": _Rule(
         partial(F.gelu, approximate="tanh"),
         partial(_gelu_backward, approximate="tanh"),
         _bend_gelu_tanh_,
+        native.gelu_tanh_double_backward,
     ),
 }
-_SILU = _Rule(F.silu, torch.ops.aten.silu_backward.default, _bend_silu_)
+_SILU = _Rule(F.silu, torch.ops.aten.silu_backward.default, _bend_silu_, native.silu_double_backward)
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -127,6 +176,13 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     return _activation(input, rule)
 
 
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.relu`, to be differentiated twice; ``inplace`` is left to PyTorch."""
+    if inplace or not is_worthwhile(input):
+        return F.relu(input, inplace=inplace)
+    return _rectify(input)
+
+
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """:func:`torch.nn.functional.silu`, to be differentiated twice; ``inplace`` is left to PyTorch."""
     if inplace or not is_worthwhile(input):
@@ -134,4 +190,10 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return _activation(input, _SILU)
 
 
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {F.gelu: gelu, F.silu: silu}
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.gelu: gelu,
+    F.relu: relu,
+    F.silu: silu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+}

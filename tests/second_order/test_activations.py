@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gam_fused.second_order import activations, sizes
+from tests.second_order.common import Operators
 from tests.second_order.layers_common import (
     Function,
     assert_differentiable_twice,
@@ -26,6 +27,7 @@ ACTIVATIONS: dict[str, tuple[Function, Function]] = {
     "gelu": (activations.gelu, F.gelu),
     "gelu_tanh": (partial(activations.gelu, approximate="tanh"), partial(F.gelu, approximate="tanh")),
     "silu": (activations.silu, F.silu),
+    "relu": (activations.relu, F.relu),
 }
 over_activations = pytest.mark.parametrize("name", ACTIVATIONS)
 
@@ -65,20 +67,34 @@ def test_narrow_floating_numbers_are_pytorchs(name: str, dtype: torch.dtype) -> 
 
 @over_activations
 def test_a_double_backward_keeps_no_more_tensors_than_it_was_given(name: str) -> None:
-    """The input for the gradient; the input and the incoming gradient for the double backward."""
+    """The input for the gradient; the input and the incoming gradient for the double backward. ReLU: the output."""
     layer, _ = ACTIVATIONS[name]
     saved = []
     inputs, direction = draw(3, 5), draw(3, 5)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        torch.autograd.grad(layer(inputs), inputs, direction, create_graph=True)
-    assert set(saved) == {inputs.data_ptr(), direction.data_ptr()}
+        output = layer(inputs)
+        torch.autograd.grad(output, inputs, direction, create_graph=True)
+    expected = {output.data_ptr()} if name == "relu" else {inputs.data_ptr(), direction.data_ptr()}
+    assert set(saved) == expected
 
 
-def test_in_place_is_pytorchs() -> None:
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_in_place_is_pytorchs(name: str) -> None:
+    layer, original = getattr(activations, name), ACTIVATIONS[name][1]
     inputs = draw(3, 5)
     hidden = inputs * 1
-    assert activations.silu(hidden, inplace=True) is hidden
-    assert torch.equal(hidden, F.silu(inputs))
+    assert layer(hidden, inplace=True) is hidden
+    assert torch.equal(hidden, original(inputs))
+
+
+def test_a_second_derivative_that_is_zero_takes_no_operator() -> None:
+    inputs, direction = draw(3, 5), draw(3, 5)
+    (slope,) = torch.autograd.grad(activations.relu(inputs), inputs, direction, create_graph=True)
+    ones = torch.ones_like(slope)
+    with Operators() as operators:
+        _, nothing = torch.autograd.grad(slope, (direction, inputs), ones, allow_unused=True)
+    assert nothing is None
+    assert operators.names == ["aten.threshold_backward.default"]
 
 
 def test_an_unknown_approximation_is_pytorchs_error() -> None:

@@ -1,5 +1,6 @@
 // x86-64 processors with AVX-512.
 
+#include "activation_kernels.h"
 #include "norm_kernels.h"
 
 #if defined(__x86_64__)
@@ -13,6 +14,7 @@
 #endif
 
 #define GAM_FUSED_SET avx512
+#include "activation_kernels.inl"
 #include "norm_kernels.inl"
 
 #if defined(__clang__)
@@ -23,6 +25,7 @@
 
 namespace gam_fused::cpu {
 
+const ActivationKernels kActivationAVX512 = GAM_FUSED_ACTIVATION_KERNELS(avx512);
 const NormKernels kNormAVX512 = GAM_FUSED_NORM_KERNELS(avx512);
 
 }  // namespace gam_fused::cpu

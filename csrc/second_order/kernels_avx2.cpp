@@ -1,5 +1,6 @@
 // x86-64 processors with AVX2 and half-precision conversions.
 
+#include "activation_kernels.h"
 #include "norm_kernels.h"
 
 #if defined(__x86_64__)
@@ -12,6 +13,7 @@
 #endif
 
 #define GAM_FUSED_SET avx2
+#include "activation_kernels.inl"
 #include "norm_kernels.inl"
 
 #if defined(__clang__)
@@ -22,6 +24,7 @@
 
 namespace gam_fused::cpu {
 
+const ActivationKernels kActivationAVX2 = GAM_FUSED_ACTIVATION_KERNELS(avx2);
 const NormKernels kNormAVX2 = GAM_FUSED_NORM_KERNELS(avx2);
 
 }  // namespace gam_fused::cpu
