@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gam_fused.second_order import layers, rerouting
+from tests.second_order.common import Operators
 from tests.second_order.layers_common import TOLERANCE, draw, every_size_worthwhile, is_ours
 
 
@@ -271,6 +272,24 @@ def test_multi_head_attention_uses_our_layers_inside(options: dict[str, Any], ne
     padding[:, 4] = True
     run = lambda: model(query, key, value, key_padding_mask=padding, need_weights=need_weights)[0]  # noqa: E731
     assert same_products(model, run) == (True, False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("same", ["query, key and value", "key and value", "none"])
+def test_no_projection_of_attention_is_taken_apart_by_index(same: str, bias: bool) -> None:
+    """The derivative of an index is a tensor of zeros around it."""
+    model = nn.MultiheadAttention(6, 2, bias=bias).double()
+    query, key = draw(3, 4, 6), draw(3, 4, 6)
+    value = draw(3, 4, 6)
+    key = query if same == "query, key and value" else key
+    value = value if same == "none" else key
+    run = lambda: model(query, key, value, need_weights=False)[0]  # noqa: E731
+    assert same_products(model, run) == (True, False)
+    with layers():
+        output = run()
+    with Operators() as operators:
+        grad(output.sin().sum(), list(model.parameters()))
+    assert "aten.select_backward.default" not in operators.names
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
