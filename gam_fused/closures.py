@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +63,11 @@ def evaluate(
     replay.begin_pass()
     for param in params:
         param.grad = None
-    reroutes = create_graph and second_order == "auto"
-    # A checkpoint runs parts of the forward pass again when it is differentiated, and has to save the same tensors.
-    again = partial(_twice_differentiable, reroutes=reroutes) if create_graph else nullcontext
-    gradients = Gradients(params, create_graph=create_graph, forward_context=again)
-    interception = _Interception(params, gradients, replay, reroutes=reroutes)
+    again = _Again()
+    gradients = Gradients(
+        params, create_graph=create_graph, forward_context=again.context if create_graph else nullcontext
+    )
+    interception = _Interception(params, gradients, replay, again if create_graph and second_order == "auto" else None)
     with torch.enable_grad(), attention_by_matrix_products() if create_graph else nullcontext(), interception:
         loss = closure()
     replay.end_pass()
@@ -85,12 +84,6 @@ def evaluate(
 def attention_by_matrix_products() -> AbstractContextManager[None]:
     """Where the fused attention kernels are off: they have no second derivative, the plain form has one."""
     return sdpa_kernel(SDPBackend.MATH)
-
-
-@contextmanager
-def _twice_differentiable(*, reroutes: bool) -> Iterator[None]:
-    with attention_by_matrix_products(), layers() if reroutes else nullcontext():
-        yield
 
 
 def _scalar(loss: Tensor) -> Tensor:
@@ -121,12 +114,39 @@ def check_loss(loss: Any, *, needs_graph: bool, name: str = "the closure's retur
         )
 
 
-class _Interception(TorchFunctionMode):
-    """Takes over ``backward``, watches running statistics and explicit generators, and reroutes to our own layers."""
+class _Again:
+    """The surroundings of the forward pass once more, for checkpoints, which run a part of it in the backward pass.
 
-    def __init__(self, params: Sequence[Tensor], gradients: Gradients, replay: Replay, *, reroutes: bool) -> None:
+    They have to save the same tensors then: layers that were rerouted are rerouted again. A mode costs a microsecond
+    for every call that it sees, so it is on only where there was a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._has_checkpoints = False
+
+    def look_for_checkpoint(self) -> None:
+        """Called within the forward pass, wherever a layer might be rerouted."""
+        # Checkpoints keep what the operators inside of them save by hooks that they set.
+        if not self._has_checkpoints:
+            self._has_checkpoints = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The surroundings."""
+        with attention_by_matrix_products(), layers() if self._has_checkpoints else nullcontext():
+            yield
+
+
+class _Interception(TorchFunctionMode):
+    """Takes over ``backward``, watches running statistics and explicit generators, and reroutes to our own layers.
+
+    Args:
+        again: told of checkpoints; ``None`` to reroute nothing.
+    """
+
+    def __init__(self, params: Sequence[Tensor], gradients: Gradients, replay: Replay, again: _Again | None) -> None:
         super().__init__()
-        self._reroutes = reroutes
+        self._again = again
         self.backward_called = False
         self._params = params
         self._gradients = gradients
@@ -153,7 +173,10 @@ class _Interception(TorchFunctionMode):
             self._watch_running_statistics(places, args, kwargs)
         elif func is Tensor.add_:
             self._remember_counter(args[0])
-        return rerouting.call(func, types, args, kwargs) if self._reroutes else func(*args, **kwargs)
+        if self._again is None:
+            return func(*args, **kwargs)
+        self._again.look_for_checkpoint()
+        return rerouting.call(func, types, args, kwargs)
 
     def _watch_running_statistics(self, places: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, place in zip(("running_mean", "running_var"), places, strict=True):

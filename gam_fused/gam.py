@@ -116,7 +116,7 @@ class GAM(LandingOptimizer):
         backend: str = "auto",
         interval: int = 1,
         rounding: str = "nearest",
-        second_order: str = "off",
+        second_order: str = "auto",
         **base_kwargs: Any,
     ) -> None:
         arguments.check_base_optimizer_class(base_optimizer)
@@ -147,7 +147,7 @@ class GAM(LandingOptimizer):
         backend: str = "auto",
         interval: int = 1,
         rounding: str = "nearest",
-        second_order: str = "off",
+        second_order: str = "auto",
     ) -> GAM:
         """GAM around an optimizer already built, whose groups and state it keeps.
 

@@ -146,9 +146,9 @@ def test_closures_run_on_these_layers_where_they_are_differentiated_twice(
 
 def test_an_optimizer_that_is_wrapped_takes_the_choice() -> None:
     param = draw(3)
-    assert GAM.wrap(torch.optim.SGD([param], lr=0.1), second_order="off").second_order == "off"
-    assert GAM.wrap(torch.optim.SGD([param], lr=0.1), second_order="auto").second_order == "auto"
-    assert GAM.wrap(torch.optim.SGD([param], lr=0.1)).second_order == "off"
+    for choice in ("off", "auto"):
+        assert GAM.wrap(torch.optim.SGD([param], lr=0.1), second_order=choice).second_order == choice
+    assert GAM.wrap(torch.optim.SGD([param], lr=0.1)).second_order == GAM([param], lr=0.1).second_order == "auto"
 
 
 def test_an_unknown_choice_names_the_choices() -> None:
