@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from gam_fused.derivatives import Gradients
 from gam_fused.replay import Replay
-from gam_fused.second_order import layers, rerouting
+from gam_fused.second_order import rerouting
 
 Closure = Callable[[], Any]
 
@@ -50,8 +50,9 @@ def evaluate(
 ) -> Evaluation:
     """Run ``closure`` once and differentiate.
 
-    With ``create_graph``, the forward pass runs on the layers of :mod:`gam_fused.second_order` unless ``second_order``
-    is ``"off"``.
+    With ``create_graph``, the forward pass runs without the kernels that have no second derivative (fused attention,
+    cuDNN's recurrent networks), and on the layers of :mod:`gam_fused.second_order` unless ``second_order`` is
+    ``"off"``.
 
     Three kinds of closure are understood: one that returns a scalar loss; an ordinary one that also calls
     ``zero_grad()`` and ``loss.backward()``; and one that calls ``backward()`` several times, whose loss is the sum.
@@ -63,11 +64,9 @@ def evaluate(
     replay.begin_pass()
     for param in params:
         param.grad = None
-    again = _Again()
-    gradients = Gradients(
-        params, create_graph=create_graph, forward_context=again.context if create_graph else nullcontext
-    )
-    interception = _Interception(params, gradients, replay, again if create_graph and second_order == "auto" else None)
+    again = _Again(reroutes=second_order == "auto") if create_graph else None
+    gradients = Gradients(params, create_graph=create_graph, forward_context=again.context if again else nullcontext)
+    interception = _Interception(params, gradients, replay, again)
     with torch.enable_grad(), attention_by_matrix_products() if create_graph else nullcontext(), interception:
         loss = closure()
     replay.end_pass()
@@ -115,33 +114,40 @@ def check_loss(loss: Any, *, needs_graph: bool, name: str = "the closure's retur
 
 
 class _Again:
-    """The surroundings of the forward pass once more, for checkpoints, which run a part of it in the backward pass.
+    """The surroundings of a forward pass that is differentiated twice, once more.
 
-    They have to save the same tensors then: layers that were rerouted are rerouted again. A mode costs a microsecond
-    for every call that it sees, so it is on only where there was a checkpoint.
+    For checkpoints, which run a part of it in the backward pass and have to save the same tensors then. A mode costs a
+    microsecond for every call that it sees, so it is on only where there was a checkpoint.
+
+    Args:
+        reroutes: whether functions run on the layers of :mod:`gam_fused.second_order`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, reroutes: bool) -> None:
+        self.reroutes = reroutes
         self._has_checkpoints = False
 
     def look_for_checkpoint(self) -> None:
-        """Called within the forward pass, wherever a layer might be rerouted."""
-        # Checkpoints keep what the operators inside of them save by hooks that they set.
-        if not self._has_checkpoints:
+        """Called within the forward pass, for every function."""
+        # Checkpoints keep what the operators inside of them save by hooks that they set. torch.compile, which traces
+        # modes too, does not know how to ask for those.
+        if not self._has_checkpoints and not torch.compiler.is_compiling():
             self._has_checkpoints = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
     @contextmanager
     def context(self) -> Iterator[None]:
         """The surroundings."""
-        with attention_by_matrix_products(), layers() if self._has_checkpoints else nullcontext():
+        mode = rerouting.TwiceDifferentiable(reroutes=self.reroutes) if self._has_checkpoints else nullcontext()
+        with attention_by_matrix_products(), mode:
             yield
 
 
 class _Interception(TorchFunctionMode):
-    """Takes over ``backward``, watches running statistics and explicit generators, and reroutes to our own layers.
+    """Takes over ``backward``, watches running statistics and explicit generators.
 
     Args:
-        again: told of checkpoints; ``None`` to reroute nothing.
+        again: where the closure is differentiated twice: functions run as in :class:`rerouting.TwiceDifferentiable`,
+            and this is told of checkpoints.
     """
 
     def __init__(self, params: Sequence[Tensor], gradients: Gradients, replay: Replay, again: _Again | None) -> None:
@@ -176,7 +182,7 @@ class _Interception(TorchFunctionMode):
         if self._again is None:
             return func(*args, **kwargs)
         self._again.look_for_checkpoint()
-        return rerouting.call(func, types, args, kwargs)
+        return rerouting.call(func, types, args, kwargs, reroutes=self._again.reroutes)
 
     def _watch_running_statistics(self, places: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, place in zip(("running_mean", "running_var"), places, strict=True):

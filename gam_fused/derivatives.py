@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -9,7 +10,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-_NO_SECOND_DERIVATIVE = ("is not implemented", "double backward", "once_differentiable", "differentiate twice")
+# What PyTorch says where it has no derivative of an operator's gradient.
+_NO_SECOND_DERIVATIVE = (
+    "is not implemented",
+    "double backward",
+    "once_differentiable",
+    "differentiate twice",
+    "no autograd formula was registered",
+)
+# "the derivative for '_embedding_bag_backward' is not implemented", "derivative for aten::_ctc_loss_backward is …",
+# "Trying to backward through mine.cube_grad.default but no autograd formula was registered"
+_OPERATOR = re.compile(
+    r"(?:derivative for|backward through) '?(?:aten::)?_*([\w:.]+?)(?:_backward)?(?:\.default|: \w+)?'? (?:is|but) "
+)
+
+
+class NoSecondDerivative(RuntimeError):
+    """An operator in the loss that cannot be differentiated twice.
+
+    Args:
+        operator: its name, as a user may know it.
+        reason: how that is known.
+        way_out: what to do other than to choose another ``hvp``.
+    """
+
+    def __init__(self, operator: str, reason: str, way_out: str = "Replace that operator") -> None:
+        super().__init__(operator, reason, way_out)
+        self.operator = operator
+
+    def __str__(self) -> str:
+        operator, reason, way_out = self.args
+        return (
+            f"hvp='exact' needs the second derivative of every operator in the loss, and {operator} has none: "
+            f"{reason}. {way_out}, or use hvp='finite_difference', which needs first derivatives only."
+        )
 
 
 class Gradients:
@@ -79,8 +113,8 @@ class Gradients:
     def hvp(self, indices: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for the parameters at ``indices``, by double backward; frees the graph.
 
-        Zero where the gradient does not depend on a parameter. Raises ``RuntimeError`` naming the way out where
-        PyTorch has no second derivative of an operator.
+        Zero where the gradient does not depend on a parameter. Raises :class:`NoSecondDerivative` where PyTorch has
+        none of an operator.
         """
         outputs: list[Tensor] = []
         grad_outputs: list[Tensor] = []
@@ -100,7 +134,7 @@ class Gradients:
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _NO_SECOND_DERIVATIVE):
                 raise
-            raise RuntimeError(_no_second_derivative(str(error).rstrip("."))) from error
+            raise NoSecondDerivative(_operator(str(error)), str(error).rstrip(".")) from error
         return [
             torch.zeros_like(param) if product is None else product.detach()
             for param, product in zip(params, products, strict=True)
@@ -145,11 +179,10 @@ def _is_sole_owner(tensor: Tensor) -> bool:
     return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
 
 
-def _no_second_derivative(reason: str) -> str:
-    return (
-        f"hvp='exact' needs the second derivative of every operator in the loss, and one has none: {reason}. "
-        "Replace that operator, or use hvp='finite_difference', which needs first derivatives only."
-    )
+def _operator(message: str) -> str:
+    """The one that PyTorch's message is about."""
+    found = _OPERATOR.search(message)
+    return found[1] if found else "an operator"
 
 
 def _checked_leaves(losses: Sequence[Tensor], *, twice: bool) -> list[Tensor]:
@@ -172,14 +205,26 @@ def _checked_leaves(losses: Sequence[Tensor], *, twice: bool) -> list[Tensor]:
                 "torch.utils.checkpoint with use_reentrant=True works with .backward() only, and GAM differentiates by "
                 "torch.autograd.grad; pass use_reentrant=False."
             )
-        if twice and function is not None and _is_once_differentiable(function):
-            raise RuntimeError(_no_second_derivative(f"{function.__name__} is marked as once_differentiable"))
+        if twice and function is not None:
+            _refuse_once_differentiable(function)
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves.append(leaf)
         found = {following for following, _ in node.next_functions} - seen
         seen |= found
         nodes += found
     return leaves
+
+
+def _refuse_once_differentiable(function: type[torch.autograd.Function]) -> None:
+    if function.__module__.startswith("torch._functorch._aot_autograd."):
+        # It may refuse the graph of its first derivative already, with words about the reuse of memory.
+        raise NoSecondDerivative(
+            "a module under torch.compile",
+            "what AOTAutograd compiles is differentiated once",
+            "Let the closure call the module itself, without torch.compile",
+        )
+    if _is_once_differentiable(function):
+        raise NoSecondDerivative(function.__name__, f"{function.__name__} is marked as once_differentiable")
 
 
 def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:

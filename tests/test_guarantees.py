@@ -440,12 +440,29 @@ def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(hvp: str) -> None:
             assert torch._C._len_torch_function_stack() == 0, f"{line}, turn {turn}: a function mode was left on"
             assert torch.is_grad_enabled(), f"{line}, turn {turn}: grad mode was left off"
             assert torch.backends.cuda.flash_sdp_enabled(), f"{line}, turn {turn}: fused attention was left off"
+            assert torch.backends.cudnn.enabled, f"{line}, turn {turn}: cuDNN was left off"
             done = optimizer.steps == 2
             outcomes.add(done)
             now, expected = snapshot(task.model, optimizer), after if done else before
             for part in ("params", "buffers", "state", "random"):
                 assert_same(expected[part], now[part], f"{line}, turn {turn}, done {done}: {part}")
     assert outcomes == {False, True}
+
+
+@pytest.mark.usefixtures("_ctrl_c_raises")
+def test_ctrl_c_while_a_recurrent_network_runs_without_cudnn_leaves_cudnn_on() -> None:
+    model, inputs = nn.GRU(2, 3), torch.randn(4, 1, 2)
+    optimizer = GAM(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.step(lambda: model(inputs)[0].square().sum())
+
+    lines = interrupted_at(None, step)
+    turns = [turn for turn, (file, _) in enumerate(lines) if file.endswith("recurrent.py")]
+    assert turns
+    for turn in turns:
+        interrupted_at(turn, step)
+        assert torch.backends.cudnn.enabled, f"line {lines[turn]}"
 
 
 def interrupted_at(turn: int | None, run: Callable[[], Any]) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gam_fused.second_order import (
     layer_norm,
     linear,
     multi_head_attention,
+    recurrent,
     rms_norm,
     softmax,
 )
@@ -71,24 +73,35 @@ def layers() -> TorchFunctionMode:
     ``torch.compile`` and ``torch.jit``. So does everything inside of a ``TorchFunctionMode`` that was there before:
     it is handed the calls that it would have been handed.
 
+    Recurrent networks run without cuDNN, which has no second derivative of them.
+
     The mode is this thread's alone; nothing is patched.
     """
-    return _Layers()
+    return TwiceDifferentiable(reroutes=True)
 
 
-class _Layers(TorchFunctionMode):
+class TwiceDifferentiable(TorchFunctionMode):
+    """As :func:`layers`; without ``reroutes``, only those of PyTorch's own kernels that have second derivatives run."""
+
+    def __init__(self, *, reroutes: bool) -> None:
+        super().__init__()
+        self._reroutes = reroutes
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return call(func, types, args, kwargs or {})
+        return call(func, types, args, kwargs or {}, reroutes=self._reroutes)
 
 
-def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func(*args, **kwargs)``, by the layer for ``func`` if there is one and it can.
+def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, reroutes: bool) -> Any:
+    """``func(*args, **kwargs)``; with ``reroutes`` by the layer for ``func`` if there is one and it can.
 
     For the ``__torch_function__`` of a mode, whose arguments these are.
     """
-    if (layer := _REPLACEMENTS.get(func)) is not None:
+    if func in recurrent.FUNCTIONS:
+        with recurrent.without_cudnn() if torch.is_grad_enabled() else nullcontext():
+            return func(*args, **kwargs)
+    if reroutes and (layer := _REPLACEMENTS.get(func)) is not None:
         if (
             _PLAIN.issuperset(types)
             and _has_arguments(func, kwargs)
@@ -97,7 +110,7 @@ def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: di
         ):
             return layer(*args, **kwargs)
     elif (differentiate := _DIFFERENTIATION.get(func)) is not None and _PLAIN.issuperset(types) and not _other_modes():
-        with _Layers():
+        with TwiceDifferentiable(reroutes=reroutes):
             return differentiate(*args, **kwargs)
     return func(*args, **kwargs)
 
