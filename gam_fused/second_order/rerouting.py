@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from gam_fused.second_order import (
     recurrent,
     rms_norm,
     softmax,
+    weight_norm,
 )
 from gam_fused.second_order.inner_calls import without_overrides
 
@@ -45,6 +45,9 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     original: layer for module in _MODULES for original, layer in module.REPLACEMENTS.items()
 }
 """By each function of PyTorch, the layer that takes its place: the same arguments, the same result."""
+
+_CORRECTIONS: dict[Callable[..., Any], Callable[..., Any]] = recurrent.REPLACEMENTS | weight_norm.REPLACEMENTS
+"""The same of functions whose second derivative is missing or wrong in PyTorch. For tensors of any kind."""
 
 _ARGUMENTS: dict[Callable[..., Any], frozenset[str]] = {
     original: frozenset(inspect.signature(layer).parameters) for original, layer in _REPLACEMENTS.items()
@@ -73,7 +76,8 @@ def layers() -> TorchFunctionMode:
     ``torch.compile`` and ``torch.jit``. So does everything inside of a ``TorchFunctionMode`` that was there before:
     it is handed the calls that it would have been handed.
 
-    Recurrent networks run without cuDNN, which has no second derivative of them.
+    Recurrent networks run without cuDNN, which has no second derivative of them, and weight normalization by operators
+    whose second derivative is right.
 
     The mode is this thread's alone; nothing is patched.
     """
@@ -81,7 +85,7 @@ def layers() -> TorchFunctionMode:
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """As :func:`layers`; without ``reroutes``, only those of PyTorch's own kernels that have second derivatives run."""
+    """As :func:`layers`; without ``reroutes``, only where PyTorch's own second derivatives are missing or wrong."""
 
     def __init__(self, *, reroutes: bool) -> None:
         super().__init__()
@@ -98,9 +102,9 @@ def call(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: di
 
     For the ``__torch_function__`` of a mode, whose arguments these are.
     """
-    if func in recurrent.FUNCTIONS:
-        with recurrent.without_cudnn() if torch.is_grad_enabled() else nullcontext():
-            return func(*args, **kwargs)
+    if (correct := _CORRECTIONS.get(func)) is not None:
+        is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (correct if is_recorded else func)(*args, **kwargs)
     if reroutes and (layer := _REPLACEMENTS.get(func)) is not None:
         if (
             _PLAIN.issuperset(types)
