@@ -37,12 +37,14 @@ class NoSecondDerivative(RuntimeError):
     def __init__(self, operator: str, reason: str, way_out: str = "Replace that operator") -> None:
         super().__init__(operator, reason, way_out)
         self.operator = operator
+        self.reason = reason
 
     def __str__(self) -> str:
         operator, reason, way_out = self.args
         return (
             f"hvp='exact' needs the second derivative of every operator in the loss, and {operator} has none: "
-            f"{reason}. {way_out}, or use hvp='finite_difference', which needs first derivatives only."
+            f"{reason}. {way_out}, or use hvp='finite_difference', which needs first derivatives only, or hvp='auto', "
+            "which turns to finite differences by itself."
         )
 
 

@@ -32,7 +32,8 @@ from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.kernels.grouping import global_norm, global_norm_pair
 from gam_fused.kernels.rounding import seeds
-from gam_fused.landing import Active, Landing, LandingOptimizer
+from gam_fused.landing import Active, Landing
+from gam_fused.switching import CHOICES, SwitchingOptimizer
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
 
@@ -43,7 +44,7 @@ DEFAULT_XI = 1e-12
 DEFAULT_FD_EPSILON = 1e-2
 
 
-class GAM(LandingOptimizer):
+class GAM(SwitchingOptimizer):
     """Gradient norm Aware Minimization around any base optimizer.
 
     Example::
@@ -71,8 +72,9 @@ class GAM(LandingOptimizer):
         rho: radius ρ ≥ 0 of the ball, in units of the parameters' global 2-norm.
         alpha: weight α ≥ 0 of the flatness penalty, dimensionless.
         xi: ξ ≥ 0, keeps divisions by a norm finite.
-        hvp: ``"exact"`` (double backward) or ``"finite_difference"`` (first derivatives only; on networks with kinks,
-            such as ReLU, a different algorithm).
+        hvp: ``"exact"`` (double backward), ``"finite_difference"`` (first derivatives only; on networks with kinks,
+            such as ReLU, a different algorithm), or ``"auto"``: exact until a step meets an operator without second
+            derivative. That step is made with finite differences, as are all after it, with one warning.
         fd_epsilon: length of the finite-difference step > 0, in units of the parameters' global 2-norm.
         model: the module whose buffers advance once per step. Without it, running statistics that pass through
             ``torch.nn.functional.batch_norm`` and ``instance_norm`` are found while the closure runs.
@@ -96,6 +98,9 @@ class GAM(LandingOptimizer):
             ``skipped_steps``, counted from the start. In the steps between two flatness terms the values of the last
             one remain.
         steps: how many steps have returned, skipped ones included.
+        hvp_in_use: ``"exact"`` or ``"finite_difference"``: what the next step takes.
+        switched_by: with ``hvp="auto"``, the operator without second derivative that it has met, or ``None``; part of
+            the state dict, so that a resumed run goes on alike.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -184,7 +189,7 @@ class GAM(LandingOptimizer):
         rounding: str,
         second_order: str,
     ) -> None:
-        arguments.check_choice("hvp", hvp, ("exact", "finite_difference"))
+        arguments.check_choice("hvp", hvp, CHOICES)
         arguments.check_positive("fd_epsilon", fd_epsilon)
         arguments.check_interval(interval)
         arguments.check_choice("rounding", rounding, ("nearest", "stochastic"))
@@ -207,11 +212,15 @@ class GAM(LandingOptimizer):
         self._refuse_within_step("step()")
         closure = arguments.checked_closure(closure)
         self._check_ready()
+        return self._or_by_differences(partial(self._step, closure))
+
+    def _step(self, closure: Closure) -> Tensor:
         with_flatness = self.steps % self.interval == 0
+        is_exact = self.hvp_in_use == "exact"
         transaction = self._transaction()
         with self._all_or_nothing(transaction):
             self._running = True
-            create_graph = with_flatness and self.hvp == "exact"
+            create_graph = with_flatness and is_exact
             run = partial(
                 evaluate,
                 closure,
@@ -220,7 +229,7 @@ class GAM(LandingOptimizer):
                 create_graph=create_graph,
                 second_order=self.second_order,
             )
-            hvp = _exact_hvp if self.hvp == "exact" else partial(self._finite_difference_hvp, transaction, run)
+            hvp = _exact_hvp if is_exact else partial(self._finite_difference_hvp, transaction, run)
             at_theta = run()  # g = ∇L(θ)
             if with_flatness:
                 ascent = self._ascend(transaction, at_theta, hvp)  # θ_adv = θ + ρ f / (‖f‖ + ξ)

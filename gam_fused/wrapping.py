@@ -181,13 +181,20 @@ class OptimizerWrapper(Optimizer):
     def _all_or_nothing(self, transaction: Transaction) -> Iterator[None]:
         ambient = Ambient()  # of this call: the second half of a step may run under other modes than the first
         try:
-            yield
-        except BaseException:  # KeyboardInterrupt and SystemExit included
-            with uninterrupted():
-                ambient.restore()
-                self._pending, self._running = None, False
-                transaction.roll_back()
+            try:
+                yield
+            except BaseException:  # KeyboardInterrupt and SystemExit included
+                self._undo(ambient, transaction)
+                raise
+        except BaseException:
+            self._undo(ambient, transaction)  # once more: Ctrl-C may have come as the first one began
             raise
+
+    def _undo(self, ambient: Ambient, transaction: Transaction) -> None:
+        with uninterrupted():
+            ambient.restore()
+            self._pending, self._running = None, False
+            transaction.roll_back()
 
     def _step_base(self, transaction: Transaction, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Let the base optimizer step along ``grads``; every other parameter is left alone. Then nothing rolls back."""
@@ -256,6 +263,7 @@ class OptimizerWrapper(Optimizer):
             "steps": self.steps,
             "skipped_steps": self.metrics["skipped_steps"].clone(),
             "skipped_last": self._skipped_last,
+            **self._further_state(),
         }
         for after in self._optimizer_state_dict_post_hooks.values():
             if (changed := after(self, state_dict)) is not None:
@@ -276,8 +284,16 @@ class OptimizerWrapper(Optimizer):
         self.steps = steps
         self.metrics["skipped_steps"].fill_(skipped)
         self._skipped_last = skipped_last
+        self._load_further_state(own)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _further_state(self) -> StateDict:
+        """What a kind of wrapper adds to its own numbers."""
+        return {}
+
+    def _load_further_state(self, own: StateDict) -> None:
+        """The same, of a state dict that may be older than what is added, or that of a plain base optimizer."""
 
     def _watch_loading(self) -> None:
         # Not a method of self, which would tie both optimizers into a reference cycle.
@@ -297,8 +313,10 @@ class OptimizerWrapper(Optimizer):
         self._watch_loading()
 
     def __repr__(self) -> str:
-        header = f"{type(self).__name__} around {type(self.base_optimizer).__name__}, back end {self.backend}"
-        return super().__repr__().replace(type(self).__name__, header, 1)
+        return super().__repr__().replace(type(self).__name__, self._header(), 1)
+
+    def _header(self) -> str:
+        return f"{type(self).__name__} around {type(self.base_optimizer).__name__}, back end {self.backend}"
 
 
 def _devices(groups: Iterable[dict[str, Any]]) -> list[torch.device]:
