@@ -30,7 +30,7 @@ CUDA_INSTALLED := $(CUDA_VENV)/.installed
 
 OLDEST_TRITON := build/triton-oldest
 
-.PHONY: help demo test build lint format format-check typecheck check cuda-wheel triton-oldest clean distclean
+.PHONY: help demo test support-table build lint format format-check typecheck check cuda-wheel triton-oldest clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -43,6 +43,9 @@ demo: $(BUILT)  ## train SGD and GAM on digits and compare them
 
 test: $(BUILT)  ## run every test
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+support-table: $(BUILT)  ## write docs/support.md anew
+	$(BIN)/python -m tests.support.table >docs/support.md
 
 build: $(BUILT)  ## build the extensions
 

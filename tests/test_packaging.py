@@ -32,6 +32,7 @@ BESIDE_THE_PACKAGE = {
     "README.md",
     "build_backend.py",
     "constraints-dev.txt",
+    "docs/support.md",
     "pyproject.toml",
     "setup.py",
 }
