@@ -46,12 +46,30 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_interval(value: Any) -> None:
+def check_interval(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer, 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"interval must be an integer >= 1, got {value!r}.")
+        raise TypeError(f"{name} must be an integer >= 1, got {value!r}.")
     if value < 1:
-        raise ValueError(f"interval must be >= 1, got {value!r}; 1 computes the flatness term in every step.")
+        raise ValueError(f"{name} must be >= 1, got {value!r}; 1 stands for every step.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number above 0 and at most 1."""
+    check_positive(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be at most 1, which stands for the whole batch, got {value!r}.")
+
+
+def check_takes_fraction(closure: Callable[..., Any]) -> None:
+    """Raise unless ``closure`` can be called with ``batch_fraction``."""
+    parameters = inspect.signature(closure).parameters.values()
+    if not any(each.name == "batch_fraction" or each.kind is each.VAR_KEYWORD for each in parameters):
+        raise TypeError(
+            "batch_fraction < 1 needs a closure that can be told to run on a part of its batch, "
+            "`def closure(batch_fraction=1.0): ...`, and this one has no such argument; add it, or leave "
+            "batch_fraction at 1."
+        )
 
 
 def listed_groups(params: Any) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from gam_fused.derivatives import Gradients
 from gam_fused.replay import Replay
 from gam_fused.second_order import rerouting
 
-Closure = Callable[[], Any]
+Closure = Callable[..., Any]
 
 # Where running_mean and running_var stand among the positional arguments.
 _RUNNING_STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {

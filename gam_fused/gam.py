@@ -27,13 +27,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import arguments
+from gam_fused.ascent import Keeping, KeptAscent, Reusing, loaded
 from gam_fused.closures import Closure, Evaluation, check_loss, differentiated, evaluate
 from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.kernels.grouping import global_norm, global_norm_pair
 from gam_fused.kernels.rounding import seeds
-from gam_fused.landing import Active, Landing
-from gam_fused.switching import CHOICES, SwitchingOptimizer
+from gam_fused.landing import Active, Landing, all_finite
+from gam_fused.options import DEFAULT_ASCENT_INTERVAL, DEFAULT_FD_EPSILON, Options
+from gam_fused.switching import SwitchingOptimizer
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
 
@@ -41,7 +43,6 @@ from gam_fused.wrapping import OptimizerWrapper
 DEFAULT_RHO = 0.05
 DEFAULT_ALPHA = 0.1
 DEFAULT_XI = 1e-12
-DEFAULT_FD_EPSILON = 1e-2
 
 
 class GAM(SwitchingOptimizer):
@@ -79,7 +80,18 @@ class GAM(SwitchingOptimizer):
         model: the module whose buffers advance once per step. Without it, running statistics that pass through
             ``torch.nn.functional.batch_norm`` and ``instance_norm`` are found while the closure runs.
         backend: ``"auto"`` or a name from :func:`gam_fused.kernels.available`; ``auto`` heeds ``GAM_FUSED_BACKEND``.
+        ascent: where the direction u of the ascent comes from. ``"exact"``: u = H(θ) g as ``hvp`` takes products.
+            ``"finite_difference"``: u ≈ (∇L(θ + ε g/‖g‖) − g) ‖g‖/ε, one gradient more instead of a double backward;
+            h stays what ``hvp`` makes it. ``"reuse"``: u is computed in every ``ascent_interval``-th flatness step and
+            used again in those between, which ascend along an old direction from the present θ; it is kept in memory
+            (the size of the parameters) and in the state dict.
+        ascent_interval: k ≥ 1, for ``ascent="reuse"``: how many flatness steps one direction is used in.
+        batch_fraction: in (0, 1]. Below 1, u is that of a part of the mini-batch: the closure is run at θ once more as
+            ``closure(batch_fraction=batch_fraction)``, and decides itself which part that is. g, g_adv and h stay those
+            of the whole batch. Buffers advance as the pass over the whole batch has it.
         interval: k ≥ 1: the flatness term in every k-th step, the base optimizer alone between.
+        interval_scaling: ``"none"``, or ``"unbiased"``: with ``interval=k``, the flatness term of a k-th step weighs
+            k α, so that over k steps it adds up to what it would without ``interval``.
         rounding: ``"nearest"``, or ``"stochastic"`` for bfloat16 and float16 parameters: a perturbation of radius ρ
             spread over millions of them, and a small update, are below half a unit in the last place of most, and
             rounding to nearest drops them; stochastic rounding keeps them on average
@@ -98,6 +110,7 @@ class GAM(SwitchingOptimizer):
             ``skipped_steps``, counted from the start. In the steps between two flatness terms the values of the last
             one remain.
         steps: how many steps have returned, skipped ones included.
+        kept_ascent: with ``ascent="reuse"``, the direction that is in use, or ``None``.
         hvp_in_use: ``"exact"`` or ``"finite_difference"``: what the next step takes.
         switched_by: with ``hvp="auto"``, the operator without second derivative that it has met, or ``None``; part of
             the state dict, so that a resumed run goes on alike.
@@ -119,24 +132,29 @@ class GAM(SwitchingOptimizer):
         fd_epsilon: float = DEFAULT_FD_EPSILON,
         model: nn.Module | None = None,
         backend: str = "auto",
+        ascent: str = "exact",
+        ascent_interval: int = DEFAULT_ASCENT_INTERVAL,
+        batch_fraction: float = 1.0,
         interval: int = 1,
+        interval_scaling: str = "none",
         rounding: str = "nearest",
         second_order: str = "auto",
         **base_kwargs: Any,
     ) -> None:
         arguments.check_base_optimizer_class(base_optimizer)
         base = base_optimizer(arguments.listed_groups(params), **base_kwargs)
-        self._wrap(
-            base,
-            {"rho": rho, "alpha": alpha, "xi": xi},
-            backend,
-            model,
+        options = Options(
             hvp=hvp,
             fd_epsilon=fd_epsilon,
+            ascent=ascent,
+            ascent_interval=ascent_interval,
+            batch_fraction=batch_fraction,
             interval=interval,
+            interval_scaling=interval_scaling,
             rounding=rounding,
             second_order=second_order,
         )
+        self._wrap(base, {"rho": rho, "alpha": alpha, "xi": xi}, backend, model, options)
 
     @classmethod
     def wrap(
@@ -150,7 +168,11 @@ class GAM(SwitchingOptimizer):
         fd_epsilon: float = DEFAULT_FD_EPSILON,
         model: nn.Module | None = None,
         backend: str = "auto",
+        ascent: str = "exact",
+        ascent_interval: int = DEFAULT_ASCENT_INTERVAL,
+        batch_fraction: float = 1.0,
         interval: int = 1,
+        interval_scaling: str = "none",
         rounding: str = "nearest",
         second_order: str = "auto",
     ) -> GAM:
@@ -163,17 +185,18 @@ class GAM(SwitchingOptimizer):
         arguments.check_base_optimizer_class(type(optimizer))
         arguments.listed_groups(optimizer.param_groups)
         gam = cls.__new__(cls)
-        gam._wrap(
-            optimizer,
-            {"rho": rho, "alpha": alpha, "xi": xi},
-            backend,
-            model,
+        options = Options(
             hvp=hvp,
             fd_epsilon=fd_epsilon,
+            ascent=ascent,
+            ascent_interval=ascent_interval,
+            batch_fraction=batch_fraction,
             interval=interval,
+            interval_scaling=interval_scaling,
             rounding=rounding,
             second_order=second_order,
         )
+        gam._wrap(optimizer, {"rho": rho, "alpha": alpha, "xi": xi}, backend, model, options)
         return gam
 
     def _wrap(
@@ -182,24 +205,19 @@ class GAM(SwitchingOptimizer):
         hyperparameters: dict[str, float],
         backend: str,
         model: nn.Module | None,
-        *,
-        hvp: str,
-        fd_epsilon: float,
-        interval: int,
-        rounding: str,
-        second_order: str,
+        options: Options,
     ) -> None:
-        arguments.check_choice("hvp", hvp, CHOICES)
-        arguments.check_positive("fd_epsilon", fd_epsilon)
-        arguments.check_interval(interval)
-        arguments.check_choice("rounding", rounding, ("nearest", "stochastic"))
-        arguments.check_choice("second_order", second_order, ("auto", "off"))
         super().__init__(base, hyperparameters, backend, model)
-        self.hvp = hvp
-        self.fd_epsilon = fd_epsilon
-        self.interval = interval
-        self.rounding = rounding
-        self.second_order = second_order
+        self.kept_ascent: KeptAscent | None = None
+        self.hvp = options.hvp
+        self.fd_epsilon = options.fd_epsilon
+        self.ascent = options.ascent
+        self.ascent_interval = options.ascent_interval
+        self.batch_fraction = options.batch_fraction
+        self.interval = options.interval
+        self.interval_scaling = options.interval_scaling
+        self.rounding = options.rounding
+        self.second_order = options.second_order
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -211,32 +229,58 @@ class GAM(SwitchingOptimizer):
         """
         self._refuse_within_step("step()")
         closure = arguments.checked_closure(closure)
+        if self.batch_fraction < 1:
+            arguments.check_takes_fraction(closure)
         self._check_ready()
         return self._or_by_differences(partial(self._step, closure))
 
     def _step(self, closure: Closure) -> Tensor:
         with_flatness = self.steps % self.interval == 0
-        is_exact = self.hvp_in_use == "exact"
         transaction = self._transaction()
         with self._all_or_nothing(transaction):
             self._running = True
-            create_graph = with_flatness and is_exact
-            run = partial(
-                evaluate,
-                closure,
-                transaction.params,
-                transaction.replay,
-                create_graph=create_graph,
-                second_order=self.second_order,
-            )
-            hvp = _exact_hvp if is_exact else partial(self._finite_difference_hvp, transaction, run)
-            at_theta = run()  # g = ∇L(θ)
+            passes = partial(self._passes, transaction)
             if with_flatness:
-                ascent = self._ascend(transaction, at_theta, hvp)  # θ_adv = θ + ρ f / (‖f‖ + ξ)
-                self._descend(transaction, ascent, run(), hvp)  # g_adv = ∇L(θ_adv), θ ← θ − η (g + α h)
+                both = passes(closure, is_exact=self.hvp_in_use == "exact")
+                at_theta, seek = self._at_theta(passes, closure)  # g = ∇L(θ)
+                ascent = self._ascend(transaction, at_theta, seek)  # θ_adv = θ + ρ f / (‖f‖ + ξ)
+                self._descend(transaction, ascent, both.run(), both.hvp)  # g_adv = ∇L(θ_adv), θ ← θ − η (g + α h)
+                self._keep_ascent(seek)
             else:
+                at_theta = passes(closure, is_exact=False).run()
                 self._descend_by_gradient(transaction, at_theta)  # θ ← θ − η g
         return at_theta.loss
+
+    def _passes(self, transaction: Transaction, closure: Closure, *, is_exact: bool) -> _Passes:
+        run = partial(
+            evaluate,
+            closure,
+            transaction.params,
+            transaction.replay,
+            create_graph=is_exact,
+            second_order=self.second_order,
+        )
+        return _Passes(run, _exact_hvp if is_exact else partial(self._finite_difference_hvp, transaction, run))
+
+    def _at_theta(self, passes: Callable[..., _Passes], closure: Closure) -> tuple[Evaluation, _HVP]:
+        """The gradient g = ∇L(θ), and what gives u = H(θ) g for it, or what the options put in its place."""
+        gradient_only = passes(closure, is_exact=False)
+        if self.ascent == "reuse" and self.kept_ascent is not None and self.kept_ascent.uses < self.ascent_interval:
+            return gradient_only.run(), Reusing(self.kept_ascent)
+        is_exact = self.hvp_in_use == "exact" and self.ascent != "finite_difference"
+        seek: _HVP
+        if self.batch_fraction < 1:
+            part = passes(partial(closure, batch_fraction=self.batch_fraction), is_exact=is_exact)
+            at_theta, seek = gradient_only.run(), part.own_product
+        else:
+            whole = passes(closure, is_exact=is_exact)
+            at_theta, seek = whole.run(), whole.hvp
+        return at_theta, Keeping(seek) if self.ascent == "reuse" else seek
+
+    def _keep_ascent(self, seek: _HVP) -> None:
+        """After a step that was made. Of one that the device may have skipped, nothing that is not finite."""
+        if isinstance(seek, Keeping | Reusing) and not self._skipped_last and all_finite([self.metrics["ascent_norm"]]):
+            self.kept_ascent = seek.kept
 
     def _ascend(self, transaction: Transaction, at_theta: Evaluation, hvp: _HVP) -> _Ascent:
         """θ_adv = θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)) with u = H(θ) g."""
@@ -264,7 +308,10 @@ class GAM(SwitchingOptimizer):
             first_order_flatness=adversarial_norm * max(active.rhos, default=0.0),
         )
         guards = [ascent.loss, at_adversarial.loss, ascent.grad_norm, ascent.norm, adversarial_norm, hvp_norm]
-        landing = Landing(active, active.penalties, ascent.backups, ascent.grads, hvps, adversarial_norm)
+        # In a step of its own only every k-th time, so k times as heavy where the mean is to be that of every step.
+        weight = self.interval if self.interval_scaling == "unbiased" else 1
+        penalties = [(rho, weight * alpha, xi) for rho, alpha, xi in active.penalties]
+        landing = Landing(active, penalties, ascent.backups, ascent.grads, hvps, adversarial_norm)
         self._land(transaction, landing, guards, ascent.grad_norm, hvp_norm)
 
     def _finite_difference_hvp(
@@ -288,10 +335,13 @@ class GAM(SwitchingOptimizer):
         GAM itself belong to :meth:`step`.
         """
         self._refuse_within_step("first_step()")
-        if self.hvp != "exact" or self.interval != 1:
+        settings = self.hvp, self.ascent, self.interval, self.batch_fraction
+        if settings != ("exact", "exact", 1, 1):
             raise RuntimeError(
-                f"first_step() needs hvp='exact' and interval=1, got hvp={self.hvp!r} and interval={self.interval!r}; "
-                "use step(closure), which runs the forward pass as often as it needs to."
+                "first_step() needs hvp='exact', ascent='exact', interval=1 and batch_fraction=1, got "
+                f"hvp={self.hvp!r}, ascent={self.ascent!r}, interval={self.interval!r} and "
+                f"batch_fraction={self.batch_fraction!r}; use step(closure), which runs the forward pass as often as "
+                "it needs to."
             )
         self._check_ready()
         check_loss(loss, needs_graph=True, name="the loss given to first_step")
@@ -326,6 +376,19 @@ class GAM(SwitchingOptimizer):
             transaction.roll_back()
             self._pending = None
 
+    def _further_state(self) -> dict[str, Any]:
+        kept = {} if self.kept_ascent is None else {"kept_ascent": self.kept_ascent.state()}
+        return {**super()._further_state(), **kept}
+
+    def _check_further_state(self, own: dict[str, Any]) -> None:
+        super()._check_further_state(own)
+        loaded(own.get("kept_ascent"), self._trainable()[0])
+
+    def _load_further_state(self, own: dict[str, Any]) -> None:
+        super()._load_further_state(own)
+        kept = loaded(own.get("kept_ascent"), self._trainable()[0])
+        self.kept_ascent = kept if self.ascent == "reuse" else None
+
     def _transaction(self, *, keep_random_states: bool = True) -> Transaction:
         return Transaction(
             self._kernels,
@@ -342,6 +405,19 @@ _HVP = Callable[[Evaluation, Active, list[Tensor]], list[Tensor]]
 
 def _exact_hvp(at: Evaluation, active: Active, vectors: list[Tensor]) -> list[Tensor]:
     return at.gradients.hvp(active.indices, vectors)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How a step runs a closure, and takes Hessian-vector products where it has."""
+
+    run: Callable[[], Evaluation]
+    hvp: _HVP
+
+    def own_product(self, at: Evaluation, active: Active, vectors: list[Tensor]) -> list[Tensor]:
+        """H g of this closure's own loss where the parameters are, instead of that of ``at``."""
+        own = self.run()
+        return self.hvp(own, active, active.of(own))
 
 
 @dataclass

@@ -11,8 +11,6 @@ from torch import Tensor
 from gam_fused.derivatives import NoSecondDerivative
 from gam_fused.landing import LandingOptimizer
 
-CHOICES = ("exact", "finite_difference", "auto")
-
 # From warnings.warn() to the caller of step(): the three functions here and in gam.py, and what PyTorch puts around
 # every step() of an optimizer.
 _STACK = 6
@@ -22,7 +20,7 @@ class SwitchingOptimizer(LandingOptimizer):
     """An optimizer that is asked for exact Hessian-vector products, for finite differences, or to find out."""
 
     hvp: str
-    """What was asked for: one of ``CHOICES``."""
+    """What was asked for."""
 
     switched_by: str | None = None
     """The operator without second derivative that ``hvp="auto"`` has met."""

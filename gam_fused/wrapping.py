@@ -279,6 +279,7 @@ class OptimizerWrapper(Optimizer):
                 state_dict = changed
         own = state_dict.pop(_KEY, {"steps": 0, "skipped_steps": 0, "skipped_last": False})
         steps, skipped, skipped_last = int(own["steps"]), int(own["skipped_steps"]), bool(own["skipped_last"])
+        self._check_further_state(own)
 
         self.base_optimizer.load_state_dict(state_dict)
         self.steps = steps
@@ -291,6 +292,9 @@ class OptimizerWrapper(Optimizer):
     def _further_state(self) -> StateDict:
         """What a kind of wrapper adds to its own numbers."""
         return {}
+
+    def _check_further_state(self, own: StateDict) -> None:
+        """Raise ``ValueError`` where the same cannot be loaded."""
 
     def _load_further_state(self, own: StateDict) -> None:
         """The same, of a state dict that may be older than what is added, or that of a plain base optimizer."""
