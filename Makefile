@@ -30,7 +30,7 @@ CUDA_INSTALLED := $(CUDA_VENV)/.installed
 
 OLDEST_TRITON := build/triton-oldest
 
-.PHONY: help demo test support-table build lint format format-check typecheck check cuda-wheel triton-oldest clean distclean
+.PHONY: help demo test test-interpreted support-table build lint format format-check typecheck check cuda-wheel triton-oldest clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -41,8 +41,11 @@ demo: $(BUILT)  ## train SGD and GAM on digits and compare them
 	$(BIN)/gam-fused train $(DEMO_FLAGS) --optimizer gam --out $(DEMO_DIR)/gam
 	$(BIN)/gam-fused compare $(DEMO_DIR)/sgd $(DEMO_DIR)/gam --out $(DEMO_DIR)/comparison.png
 
-test: $(BUILT)  ## run every test
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+test: $(BUILT)  ## run every test but those that run Triton's kernels in its interpreter
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not interpreted" $(PYTEST_ARGS)
+
+test-interpreted: $(BUILT)  ## run those
+	$(BIN)/python -m pytest -n $(WORKERS) -m interpreted
 
 support-table: $(BUILT)  ## write docs/support.md anew
 	$(BIN)/python -m tests.support.table >docs/support.md

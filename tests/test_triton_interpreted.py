@@ -28,7 +28,7 @@ SHARED = {
 }
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.interpreted,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.test_triton_interpreted import ROOT, interpreted
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.interpreted,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 
