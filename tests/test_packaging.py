@@ -58,7 +58,11 @@ ON_TOP = {"cli", "integrations"}
 OPTIONAL = {"lightning", "matplotlib", "numpy", "rich", "sklearn", "tensorboard", "transformers", "triton", "typer"}
 
 # Written in Triton's language, and imported where they are launched.
-IN_TRITON = ("gam_fused.kernels.triton_kernels", "gam_fused.kernels.triton_rules")
+IN_TRITON = (
+    "gam_fused.kernels.triton_kernels",
+    "gam_fused.kernels.triton_rules",
+    "gam_fused.second_order.triton_kernels",
+)
 
 
 def module_name(path: Path) -> str:

@@ -207,8 +207,8 @@ class TritonBackend(FusingBackend):
         device, wide = first[0].device, accumulation_dtype(first[0].dtype)
         numels, chunk = [tensor.numel() for tensor in tensors], _chunk(device)
         middle = sum(-(-numel // chunk) for numel in numels[: len(first)])
-        kernels, A = _kernels(), _language_dtype(wide)
-        with _on(device):
+        kernels, A = _kernels(), language_dtype(wide)
+        with on_device(device):
             plan = self._tables.plan(numels, chunk, device)
             addresses = self._tables.addresses([tensors], device)
             partials = torch.empty(max(plan.chunks, 1), dtype=wide, device=device)
@@ -216,7 +216,7 @@ class TritonBackend(FusingBackend):
             if plan.chunks:
                 geometry = _geometry(first[0], 1)
                 kernels.sum_chunks_kernel[(plan.chunks,)](
-                    addresses, *plan, partials, T=_language_dtype(first[0].dtype), A=A, **geometry
+                    addresses, *plan, partials, T=language_dtype(first[0].dtype), A=A, **geometry
                 )
             kernels.finish_norms_kernel[(len(lists),)](partials, results, middle, plan.chunks, A=A, **_FEW_NUMBERS)
         return results
@@ -236,7 +236,7 @@ class TritonBackend(FusingBackend):
         params, steps = lists[0], operands.steps
         device = params[0].device
         kernels = _kernels()
-        with _on(device):
+        with on_device(device):
             plan = self._tables.plan([param.numel() for param in params], _chunk(device), device)
             addresses = self._tables.addresses(lists, device, steps)
             count: tuple[Any, ...] = ()
@@ -247,7 +247,7 @@ class TritonBackend(FusingBackend):
             if plan.chunks:
                 launch = getattr(kernels, kernel)[(plan.chunks,)]
                 geometry = _geometry(params[0], len(lists))
-                launch(addresses, *plan, *arguments, T=_language_dtype(params[0].dtype), **constants, **geometry)
+                launch(addresses, *plan, *arguments, T=language_dtype(params[0].dtype), **constants, **geometry)
             if steps:
                 kernels.count_steps_kernel[(-(-len(steps) // _FEW_NUMBERS["BLOCK"]),)](*count, **_FEW_NUMBERS)
         operands.finish()
@@ -342,7 +342,8 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _language_dtype(dtype: torch.dtype) -> Any:
+def language_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name for it."""
     import triton.language as tl
 
     return getattr(tl, str(dtype).removeprefix("torch."))
@@ -360,20 +361,21 @@ def block_size(itemsize: int, lists: int) -> int:
 
 def _geometry(tensor: Tensor, lists: int) -> dict[str, Any]:
     chunk = _chunk(tensor.device)
-    if tensor.device.type == "cuda":
-        block = block_size(tensor.element_size(), lists)
-        warp = torch.cuda.get_device_properties(tensor.device).warp_size
-    else:
-        block, warp = chunk // 2, 32
     return {
         "CHUNK": chunk,
-        "BLOCK": block,
-        "num_warps": THREADS // warp,
+        "BLOCK": block_size(tensor.element_size(), lists) if tensor.device.type == "cuda" else chunk // 2,
+        "num_warps": warps_of(THREADS, tensor.device),
         "enable_fp_fusion": False,  # so that results are those of the other back ends
     }
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def warps_of(threads: int, device: torch.device) -> int:
+    """In how many warps the device runs them."""
+    return threads // (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where launches go to it."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     import numpy  # the interpreter computes with it
@@ -382,7 +384,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _accumulation(params: TensorList) -> Any:
-    return _language_dtype(accumulation_dtype(params[0].dtype)) if params else None
+    return language_dtype(accumulation_dtype(params[0].dtype)) if params else None
 
 
 def _bits(number: float, params: TensorList) -> int:

@@ -47,8 +47,8 @@ def batch_norm_double_backward(
     needs_weight: bool,
 ) -> Results:
     """See :func:`formulas.batch_norm_double_backward`; keeps channels_last."""
-    big = _dense(memory_format(input), grad_output, input, gg_input)
-    small = _dense(torch.contiguous_format, weight, mean, invstd, gg_weight, gg_bias)
+    big = dense(memory_format(input), grad_output, input, gg_input)
+    small = dense(torch.contiguous_format, weight, mean, invstd, gg_weight, gg_bias)
     needs = needs_grad_output, needs_input, needs_weight
     return _call(torch.ops.gam_fused.batch_norm_double_backward.default, big, small, training, needs)
 
@@ -68,8 +68,8 @@ def group_norm_double_backward(
     needs_weight: bool,
 ) -> Results:
     """See :func:`formulas.group_norm_double_backward`; keeps channels_last."""
-    big = _dense(memory_format(input), grad_output, input, gg_input)
-    small = _dense(torch.contiguous_format, weight, mean, invstd, gg_weight, gg_bias)
+    big = dense(memory_format(input), grad_output, input, gg_input)
+    small = dense(torch.contiguous_format, weight, mean, invstd, gg_weight, gg_bias)
     needs = needs_grad_output, needs_input, needs_weight
     return _call(torch.ops.gam_fused.group_norm_double_backward.default, big, small, num_groups, needs)
 
@@ -89,8 +89,8 @@ def layer_norm_double_backward(
     needs_weight: bool,
 ) -> Results:
     """See :func:`formulas.layer_norm_double_backward`."""
-    big = _dense(torch.contiguous_format, grad_output, input, gg_input)
-    small = _dense(torch.contiguous_format, weight, mean, invstd, gg_weight, gg_bias)
+    big = dense(torch.contiguous_format, grad_output, input, gg_input)
+    small = dense(torch.contiguous_format, weight, mean, invstd, gg_weight, gg_bias)
     needs = needs_grad_output, needs_input, needs_weight
     return _call(torch.ops.gam_fused.layer_norm_double_backward.default, big, small, normalized_dims, needs)
 
@@ -137,7 +137,8 @@ def _of_elements(
     return first, second
 
 
-def _dense(layout: torch.memory_format, *tensors: Tensor | None) -> list[Tensor | None]:
+def dense(layout: torch.memory_format, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in this layout, copied where they have another."""
     return [None if tensor is None else tensor.contiguous(memory_format=layout) for tensor in tensors]
 
 

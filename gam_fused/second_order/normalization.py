@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gam_fused.second_order import formulas, native
+from gam_fused.second_order import formulas, native, triton
 from gam_fused.second_order.formulas import Results
 
 Saved = Sequence[Tensor | None]
@@ -63,6 +63,8 @@ class Normalization(Protocol):
 
 def kernels_for(device: torch.device) -> ModuleType:
     """The fastest implementation of the double backward on this device."""
+    if device.type == "cuda" and triton.unavailable_reason(device) is None:
+        return triton
     return formulas if native.unavailable_reason(device) else native
 
 
