@@ -63,7 +63,7 @@ def vit() -> Problem:
 
 
 def gpt2() -> Problem:
-    """Two blocks of causal attention and GELU's tanh form, with dropout, embedding and read-out tied."""
+    """Two blocks of causal attention and GELU by tanh, written out, with dropout; embedding and read-out are tied."""
     transformers = imported("transformers")
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_positions=7, n_embd=8, n_layer=2, n_head=2, use_cache=False, bos_token_id=0,
