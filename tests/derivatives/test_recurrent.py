@@ -221,8 +221,7 @@ def test_layers_run_recurrent_networks_without_cudnn(context: Callable[[], Abstr
 def test_cudnn_is_as_before_after_a_recurrent_network_that_raises(enabled: bool) -> None:
     model, state = Sequences("lstm"), torch.zeros(1, 2, 4)  # in float32
     weights, settings = list(model.recurrent.parameters()), (True, 1, 0.0, True, False, False)
-    torch.backends.cudnn.enabled = enabled
-    try:
+    with torch.backends.cudnn.flags(enabled=enabled):
         with pytest.raises(RuntimeError, match="dtype"):
             GAM(model.parameters(), lr=LR).step(
                 lambda: torch.lstm(draw(5, 2, 3), [state] * 2, weights, *settings)[0].sum()
@@ -230,8 +229,6 @@ def test_cudnn_is_as_before_after_a_recurrent_network_that_raises(enabled: bool)
         assert torch.backends.cudnn.enabled == enabled
         GAM(model.parameters(), lr=LR).step(lambda: model(draw(2, 3, 5)))
         assert torch.backends.cudnn.enabled == enabled
-    finally:
-        torch.backends.cudnn.enabled = True
 
 
 @pytest.mark.cuda
