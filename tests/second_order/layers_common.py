@@ -83,7 +83,8 @@ def assert_like_pytorch(layer: Function, original: Function, inputs: Sequence[Te
         elif wanted.numel():
             size = wanted.abs().max().item()
             error = (found - wanted).abs().max().item()
-            assert error <= TOLERANCE[inputs[0].dtype] * max(size, 1e-3), f"{name}: {error} of {size}"
+            # Operands are about one: where terms of their size cancel, what is left of them is rounding.
+            assert error <= TOLERANCE[inputs[0].dtype] * max(size, 0.1), f"{name}: {error} of {size}"
 
 
 def assert_differentiable_twice(layer: Function, inputs: Sequence[Tensor], **options: Any) -> None:
