@@ -79,7 +79,7 @@ cuda-wheel: $(CUDA_INSTALLED)  ## build the wheel with CUDA kernels, install it 
 triton-oldest: $(INSTALLED)  ## compile the Triton kernels with the oldest Triton that is supported
 	rm -rf $(OLDEST_TRITON)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton_compile.py
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton_compile.py tests/second_order/test_triton_compile.py
 
 clean:  ## remove what builds, tests and the demo leave behind
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DEMO_DIR)

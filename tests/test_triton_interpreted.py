@@ -23,8 +23,10 @@ SHARED = {
         for path in sorted((ROOT / folder).glob("test_*.py"))
     },
     "tests/kernels/test_triton.py": "",
+    "tests/second_order/test_triton_norms.py": "",
     # What a GPU will be asked, as far as the interpreter can be: it takes its time.
     "tests/gpu/test_on_device.py": "triton and cpu and (whole_step or launches_of_a_step or (bf16 and first))",
+    "tests/gpu/test_norms_on_device.py": "cpu and (fp32 or bf16)",
 }
 
 pytestmark = [

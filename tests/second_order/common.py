@@ -51,7 +51,7 @@ def _batch_norm(shape: tuple[int, ...], parameters: int = 2, *, training: bool =
 
     def of(function: Function) -> Function:
         def call(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-            running = (None, None) if training else (mean.to(x.dtype), var.to(x.dtype))
+            running = (None, None) if training else (mean.to(x), var.to(x))
             return function(x, *running, w, b, training, 0.1, EPS)
 
         return call
@@ -148,10 +148,10 @@ over_layouts = pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=lis
 def derivatives(function: Function, tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
     """Value, gradient and Hessian-vector product of a loss with a curvature of its own; zeros where there is none."""
     output = function(*tensors)
-    weights = torch.linspace(0.3, 1.7, output.numel(), dtype=torch.float64).to(output.dtype).view(output.shape)
+    weights = torch.linspace(0.3, 1.7, output.numel(), dtype=torch.float64).to(output).view(output.shape)
     grads = torch.autograd.grad((output.tanh() * weights).sum(), tensors, create_graph=True)
     generator = torch.Generator().manual_seed(1)
-    vectors = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+    vectors = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
     products = torch.autograd.grad(grads, tensors, vectors, allow_unused=True, materialize_grads=True)
     return {"value": [output.detach()], "gradient": [grad.detach() for grad in grads], "product": list(products)}
 

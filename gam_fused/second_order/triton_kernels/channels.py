@@ -74,14 +74,21 @@ def channel_sums_kernel(
 
 
 @triton.jit
-def _over_slices(partials, which, channel, channels, slices, K: tl.constexpr, A: tl.constexpr):
-    """One of the five sums, of all slices of the one instance."""
-    total = tl.zeros([K, _SLICES_AT_ONCE], A)
+def _sums_of_slices(partials, channel, channels, slices, K: tl.constexpr, A: tl.constexpr):
+    """The five sums of each channel, of all slices of the one instance."""
+    u, u_d = tl.zeros([K, _SLICES_AT_ONCE], A), tl.zeros([K, _SLICES_AT_ONCE], A)
+    v, v_d = tl.zeros([K, _SLICES_AT_ONCE], A), tl.zeros([K, _SLICES_AT_ONCE], A)
+    v_u = tl.zeros([K, _SLICES_AT_ONCE], A)
     for first in range(0, slices, _SLICES_AT_ONCE):
         part = first + tl.arange(0, _SLICES_AT_ONCE)
-        places = (part * 5 + which)[None, :] * channels + channel[:, None]
-        total += tl.load(partials + places, mask=(channel < channels)[:, None] & (part < slices)[None, :], other=0.0)
-    return tl.sum(total, axis=1)
+        inside = (channel < channels)[:, None] & (part < slices)[None, :]
+        at = partials + part[None, :] * (5 * channels) + channel[:, None]
+        u += tl.load(at, mask=inside, other=0.0)
+        u_d += tl.load(at + channels, mask=inside, other=0.0)
+        v += tl.load(at + 2 * channels, mask=inside, other=0.0)
+        v_d += tl.load(at + 3 * channels, mask=inside, other=0.0)
+        v_u += tl.load(at + 4 * channels, mask=inside, other=0.0)
+    return tl.sum(u, axis=1), tl.sum(u_d, axis=1), tl.sum(v, axis=1), tl.sum(v_d, axis=1), tl.sum(v_u, axis=1)
 
 
 @kernel
@@ -106,17 +113,13 @@ def batch_norm_kernel(
     a = load(gg_weight, channel, is_channel, A)
     b = load(gg_bias, channel, is_channel, A)
     if partials is not None:
-        u_sum = _over_slices(partials, 0, channel, channels, slices, K, A)
-        u_x = _over_slices(partials, 1, channel, channels, slices, K, A) * r
-        v_u = _over_slices(partials, 4, channel, channels, slices, K, A)
+        u_sum, u_d, v_sum, v_d, v_u = _sums_of_slices(partials, channel, channels, slices, K, A)
     if CONSTANT:
         ggo_v, ggo_d, ggo_1, gx_v, gx_u, gx_d, gx_1 = constant_norm_coefficients(w, a, b, r)
         if partials is not None:
             of_weight = r * v_u
     else:
-        v_sum = _over_slices(partials, 2, channel, channels, slices, K, A)
-        v_x = _over_slices(partials, 3, channel, channels, slices, K, A) * r
-        share = share_of(samples * positions, A)
+        u_x, v_x, share = u_d * r, v_d * r, share_of(samples * positions, A)
         mean_v, mean_v_x, h_v, h_g, of_1, of_x = set_terms(
             w * u_sum, w * u_x, v_sum, v_x, w * v_u, a * u_sum, a * u_x, share, r, True
         )
