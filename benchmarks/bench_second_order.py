@@ -1,14 +1,15 @@
-"""How long the double backward of each layer takes, in PyTorch's composition and in one kernel.
+"""How long the double backward of each layer takes, in PyTorch's composition and in fused kernels.
 
     python -m benchmarks.bench_second_order
     python -m benchmarks.bench_second_order --threads 2 --layers batch_norm,layer_norm --json second_order.json
+    python -m benchmarks.bench_second_order --device cuda --dtype fp32,bf16
 
 A layer is run forward and differentiated with ``create_graph=True``; what is timed is the second call of
 ``torch.autograd.grad``: from the first gradients of input, weight and bias to the incoming gradient, input and weight.
-PyTorch's composition and the fused kernel are measured in turns within one run.
+PyTorch's composition and the fused kernels, native on a CPU and Triton's on CUDA, are measured in turns within one run.
 
 GB/s are the bytes that have to be read and written at least, the layer's input, the incoming gradient and the incoming
-double gradient and two results of the same size, over the median time of the fused kernel.
+double gradient and two results of the same size, over the median time of the fused kernels.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from benchmarks.timing import Timing, measure, timer_for
 from gam_fused.second_order.batch_norm import batch_norm
 from gam_fused.second_order.group_norm import group_norm, instance_norm
 from gam_fused.second_order.layer_norm import layer_norm
+from gam_fused.second_order.normalization import kernels_for
 from gam_fused.second_order.rms_norm import rms_norm
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 IMAGES = (64, 64, 32, 32)
 TOKENS = (16, 512, 768)
@@ -109,13 +112,16 @@ class Row:
 
 
 def double_backward(
-    layer: Layer, forward: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: str
+    layer: Layer,
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dtype: str,
+    device: torch.device = CPU,
 ) -> Callable[[], None]:
     """A call that does nothing but the double backward."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DTYPES[dtype])
+        return torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
 
     def activations() -> Tensor:
         return numbers(layer.shape).contiguous(memory_format=layer.memory_format)
@@ -136,16 +142,17 @@ def double_backward(
     return call
 
 
-def bench(names: Sequence[str], dtypes: Sequence[str], repeats: int) -> Iterator[Row]:
+def bench(names: Sequence[str], dtypes: Sequence[str], device: torch.device, repeats: int) -> Iterator[Row]:
     """Measure layers in dtypes, one after the other, PyTorch and ours in turns."""
+    timer = timer_for(device)
     for name in names:
         layer = LAYERS[name]
         for dtype in dtypes:
             calls = {
-                "pytorch": double_backward(layer, layer.theirs, dtype),
-                "fused": double_backward(layer, layer.ours, dtype),
+                "pytorch": double_backward(layer, layer.theirs, dtype, device),
+                "fused": double_backward(layer, layer.ours, dtype, device),
             }
-            timings = measure(calls, timer_for(torch.device("cpu")), repeats)
+            timings = measure(calls, timer, repeats)
             theirs, ours = timings["pytorch"], timings["fused"]
             if isinstance(theirs, Timing) and isinstance(ours, Timing):
                 counted = 5 * torch.Size(layer.shape).numel() * DTYPES[dtype].itemsize
@@ -193,20 +200,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prog = "python -m benchmarks.bench_second_order"
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda (default: cpu)")
     parser.add_argument("--layers", type=_names(LAYERS), default=list(LAYERS), help=f"out of {','.join(LAYERS)}")
     parser.add_argument("--dtype", type=_names(DTYPES), default=["fp32"], help="out of fp32,bf16,fp64 (default: fp32)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=15, help="timings of each (default: 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
     options = parser.parse_args(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device here")
     if options.threads:
         torch.set_num_threads(options.threads)
+    kernels = kernels_for(options.device).__name__.rpartition(".")[2]
     header = {
-        "machine": machine.description(torch.device("cpu"), "benchmarks.bench_second_order", arguments),
-        "settings": {"repeats": options.repeats},
+        "machine": machine.description(options.device, "benchmarks.bench_second_order", arguments),
+        "settings": {"repeats": options.repeats, "fused": kernels},
     }
     print(machine.as_lines(header["machine"]), end="\n\n")
-    rows = list(bench(options.layers, options.dtype, options.repeats))
+    print(f"fused: {kernels}", end="\n\n")
+    rows = list(bench(options.layers, options.dtype, options.device, options.repeats))
     print("\n".join(table(rows)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,8 @@ stage_bench() {
     require_cuda_kernels
     run 180 "$python" -m benchmarks.bench_kernels --device cuda --dtype fp32,bf16 --repeats 9 \
         --csv "$out/bench_kernels.csv" --json "$out/bench_kernels.json" || failed=true
+    run 90 "$python" -m benchmarks.bench_second_order --device cuda --dtype fp32,bf16 --repeats 9 \
+        --json "$out/bench_second_order.json" || failed=true
     if [[ -e benchmarks/bench_step.py ]]; then
         run 120 "$python" -m benchmarks.bench_step --device cuda --csv "$out/bench_step.csv" || failed=true
     else

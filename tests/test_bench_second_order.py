@@ -35,6 +35,8 @@ def test_prints_a_line_for_each_layer_and_writes_them(tmp_path: Path, capsys: py
     assert sum(line.startswith(("batch_norm ", "rms_norm ")) for line in printed) == 4
     content = json.loads(file.read_text())
     assert content["machine"]["command"].startswith("python -m benchmarks.bench_second_order")
+    assert content["settings"]["fused"] in ("native", "formulas")
+    assert f"fused: {content['settings']['fused']}" in printed
     assert [(row["layer"], row["dtype"]) for row in content["rows"]] == [
         ("batch_norm", "fp32"),
         ("batch_norm", "bf16"),
@@ -49,3 +51,16 @@ def test_unknown_layers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--layers", "sync_batch_norm"])
     assert "'sync_batch_norm' is none of batch_norm" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_measures_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--repeats", "2", "--device", "cuda"])
+    assert len([line for line in capsys.readouterr().out.splitlines() if " fp32 " in line]) == len(LAYERS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "--device cuda: PyTorch sees no CUDA device here" in capsys.readouterr().err

@@ -56,10 +56,11 @@ def test_dry_run_prints_the_commands_of_every_stage(dry_run: str) -> None:
         "GAM_FUSED_NATIVE=1 GAM_FUSED_CUDA=1",
         "setup.py build_ext --inplace",
         "-m pytest -p no:cacheprovider -o minversion=7 -W default --confcutdir=tests/gpu tests/gpu -m cuda",
-        "tests/kernels -m cuda",
+        "tests/kernels tests/test_bench_second_order.py -m cuda",
         "compute-sanitizer --tool memcheck",
         "compute-sanitizer --tool racecheck",
         "-m benchmarks.bench_kernels --device cuda --dtype fp32,bf16",
+        "-m benchmarks.bench_second_order --device cuda --dtype fp32,bf16",
     ):
         assert any(part in command for command in printed), part
     assert [line for line in dry_run.splitlines() if line in {f"gpu_check: {stage}" for stage in STAGES}] == [

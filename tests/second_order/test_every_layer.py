@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gam_fused import GAM
-from gam_fused.second_order import formulas, native, normalization
+from gam_fused.second_order import formulas, native, normalization, triton
 from tests.second_order.common import (
     CASES,
     LARGER,
@@ -245,3 +245,12 @@ def test_kernels_are_chosen_by_device() -> None:
     assert normalization.kernels_for(torch.device("meta")) is formulas
     native_is_there = native.unavailable_reason(torch.device("cpu")) is None
     assert normalization.kernels_for(torch.device("cpu")) is (native if native_is_there else formulas)
+
+
+@pytest.mark.parametrize(("reason", "chosen"), [(None, triton), ("there is no C compiler.", formulas)])
+def test_on_cuda_triton_is_chosen_where_it_runs(
+    reason: str | None, chosen: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device: reason)
+    assert normalization.kernels_for(torch.device("cuda", 1)) is chosen
+    assert normalization.kernels_for(torch.device("cpu")) is not triton
