@@ -1,4 +1,4 @@
-"""Batch normalization whose double backward is one kernel."""
+"""Batch normalization with a fused double backward."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class BatchNorm:
         return formulas.statistics(input, invstd.view(shape), set_dims, centered=True)
 
     def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
-        """In one kernel."""
+        """In one call."""
         return kernels.batch_norm_double_backward(*operands, self.training, *needs)
 
 

@@ -1,4 +1,4 @@
-"""Group and instance normalization whose double backward is one kernel."""
+"""Group and instance normalization with a fused double backward."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class GroupNorm:
         return formulas.statistics(groups, invstd.view(-1, self.num_groups, 1, 1), formulas.GROUP_DIMS, centered=True)
 
     def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
-        """In one kernel."""
+        """In one call."""
         return kernels.group_norm_double_backward(*operands, self.num_groups, *needs)
 
 

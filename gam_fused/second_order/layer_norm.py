@@ -1,4 +1,4 @@
-"""Layer normalization whose double backward is one kernel."""
+"""Layer normalization with a fused double backward."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LayerNorm:
         return formulas.statistics(input, invstd, set_dims, centered=True)
 
     def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
-        """In one kernel."""
+        """In one call."""
         return kernels.layer_norm_double_backward(*operands, len(self.normalized_shape), *needs)
 
 

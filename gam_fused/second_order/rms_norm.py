@@ -1,4 +1,4 @@
-"""RMS normalization whose double backward is one kernel."""
+"""RMS normalization with a fused double backward."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class RMSNorm:
         return None, formulas.statistics(input, invstd, self._set_dims(), centered=False)[1]
 
     def double_backward(self, kernels: ModuleType, operands: Operands, needs: Needs) -> Results:
-        """In one kernel."""
+        """In one call."""
         return kernels.layer_norm_double_backward(*operands, len(self.normalized_shape), *needs)
 
     def _set_dims(self) -> tuple[int, ...]:

@@ -98,9 +98,9 @@ def batch_norm_kernel(
     A: tl.constexpr, K: tl.constexpr, J: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, PACKED: tl.constexpr,
     CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """Results, from the sums of :func:`channel_sums_kernel` over one instance, of which ``steps`` may be others.
+    """Results, from what :func:`channel_sums_kernel` leaves of one instance and the same slices.
 
-    Where mean and invstd are ``CONSTANT``, only the gradient of the weight needs sums. Programs: slices × tiles of
+    Where mean and invstd are ``CONSTANT``, only the gradient of the weight needs it. Programs: slices × tiles of
     channels.
     """
     tiles = tl.cdiv(channels, K)
