@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD
 
 from benchmarks.step_models import NotInstalled, Problem, imported
-from gam_fused import GAM
+from gam_fused import GAM, AcceleratedGAM
 from gam_fused.closures import evaluate
 from gam_fused.replay import Replay
 
@@ -156,6 +156,12 @@ def gam(problem: Problem, settings: Settings, **options: Any) -> Run:
     return Run(call, steps)
 
 
+def accelerated_gam(problem: Problem, settings: Settings) -> Run:
+    """This package's Algorithm 2: four gradients, no second derivative."""
+    optimizer = AcceleratedGAM(problem.params, SGD, model=problem.model, **settings.sgd)
+    return Run(partial(optimizer.step, problem.loss))
+
+
 def sam_of_pytorch_optimizer(problem: Problem, settings: Settings) -> Run:
     """SAM (two gradients) with multi-tensor perturbations."""
     library = imported("pytorch_optimizer", "pytorch_optimizer")
@@ -236,6 +242,7 @@ STEPS: dict[str, Build] = {
     NAIVE: naive_gam,
     "gam-exact": gam,
     "gam-exact-second-order-off": partial(gam, second_order="off"),
+    "accelerated-gam": accelerated_gam,
     "gam-finite-difference": partial(gam, hvp="finite_difference"),
     f"gam-exact-interval-{INTERVAL}": partial(gam, interval=INTERVAL),
 }

@@ -1,6 +1,7 @@
 // The operators of schemas.h as far as they are the same on every device: check the arguments, then launch.
 //
-// Each is a template over what a device does with checked arguments. None of them calls it for lists without tensors.
+// Each is a template over what a device does with checked arguments. None that writes calls it for lists without
+// tensors.
 
 #pragma once
 
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "boxing.h"
@@ -52,6 +54,39 @@ void combine_(const TensorList& params, const TensorList& backups, const TensorL
     const Operands operands({{"params", params, true}, {"backups", backups}, {"grads", grads, true}, {"hvps", hvps}});
     if (!operands.is_empty()) {
         launch(operands, Penalty{operands.scalar("adversarial_norm", adversarial_norm), rho, alpha, xi});
+    }
+}
+
+inline Operands four_gradients(const TensorList& grads, const TensorList& grads_ahead,
+                               const TensorList& adversarial_grads, const TensorList& adversarial_grads_ahead,
+                               bool are_written) {
+    return Operands({{"grads", grads, are_written},
+                     {"grads_ahead", grads_ahead, are_written},
+                     {"adversarial_grads", adversarial_grads},
+                     {"adversarial_grads_ahead", adversarial_grads_ahead}});
+}
+
+// launch(operands, weights) -> projection, norm of h⁺, norm of h⁻
+template <auto launch>
+std::tuple<Tensor, Tensor, Tensor> projection(const TensorList& grads, const TensorList& grads_ahead,
+                                              const TensorList& adversarial_grads,
+                                              const TensorList& adversarial_grads_ahead, double weight0, double weight1,
+                                              double weight2, double weight3) {
+    const Operands operands = four_gradients(grads, grads_ahead, adversarial_grads, adversarial_grads_ahead, false);
+    return launch(operands, Weights<double>{weight0, weight1, weight2, weight3});
+}
+
+// launch(operands, decomposition)
+template <auto launch>
+void decompose_(const TensorList& grads, const TensorList& grads_ahead, const TensorList& adversarial_grads,
+                const TensorList& adversarial_grads_ahead, const Tensor& projection, const Tensor& plus_norm,
+                double weight0, double weight1, double weight2, double weight3, double xi) {
+    const Operands operands = four_gradients(grads, grads_ahead, adversarial_grads, adversarial_grads_ahead, true);
+    if (!operands.is_empty()) {
+        launch(operands, Decomposition{operands.scalar("projection", projection),
+                                       operands.scalar("plus_norm", plus_norm),
+                                       {weight0, weight1, weight2, weight3},
+                                       xi});
     }
 }
 

@@ -152,6 +152,43 @@ void launch_combine(const Operands& operands, const Penalty& penalty) {
     });
 }
 
+// ---------------------------------------------------------------- decompose
+
+GradientsChunk gradients_at(const Operands& operands, const Chunk& chunk) {
+    return {at(operands, 0, chunk), at(operands, 1, chunk), at(operands, 2, chunk), at(operands, 3, chunk)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> launch_projection(const Operands& operands, const Weights<double>& weights) {
+    const ChunkKernels& kernels = chunk_kernels();
+    const ChunkPlan plan(operands.numels, kChunk);
+    std::vector<MixedSums> partials(static_cast<size_t>(plan.size()));
+    for_each_chunk(operands.numels, plan, kChunk, [&](int64_t number, const Chunk& chunk) {
+        partials[static_cast<size_t>(number)] =
+            kernels.mixed_sums(operands.dtype, gradients_at(operands, chunk), chunk.end - chunk.begin, weights);
+    });
+    MixedSums sums = {};
+    for (const MixedSums& partial : partials) {  // in the order of chunks, whichever thread made them
+        sums.dot += partial.dot;
+        sums.plus_squared += partial.plus_squared;
+        sums.minus_squared += partial.minus_squared;
+    }
+    const double plus_norm = std::sqrt(sums.plus_squared);
+    return {new_scalar(operands.dtype, plus_norm == 0 ? 0 : sums.dot / plus_norm),
+            new_scalar(operands.dtype, plus_norm), new_scalar(operands.dtype, std::sqrt(sums.minus_squared))};
+}
+
+void launch_decompose(const Operands& operands, const Decomposition& decomposition) {
+    const double scale = in_accumulation_type(operands.dtype, [&](auto zero) {
+        using A = decltype(zero);
+        return parallel_scale<A>(A(value_at(operands.dtype, decomposition.projection)),
+                                 A(value_at(operands.dtype, decomposition.plus_norm)), A(decomposition.xi));
+    });
+    const ChunkKernels& kernels = chunk_kernels();
+    for_each_chunk_of(operands, [&](const Chunk& chunk, int64_t size) {
+        kernels.decompose(operands.dtype, gradients_at(operands, chunk), size, decomposition.weights, scale);
+    });
+}
+
 // ---------------------------------------------------------------- base rules
 
 // Whether the launch steps at all; otherwise it only restores.
@@ -226,8 +263,9 @@ void launch_adamw_step(const Operands& operands, const std::vector<void*>& state
 
 STABLE_TORCH_LIBRARY(gam_fused, library) {
     using namespace gam_fused;
-    for (const char* schema : {schemas::l2_norm, schemas::l2_norm_pair, schemas::perturb_, schemas::restore_,
-                               schemas::combine_, schemas::sgd_step_, schemas::adamw_step_}) {
+    for (const char* schema :
+         {schemas::l2_norm, schemas::l2_norm_pair, schemas::perturb_, schemas::restore_, schemas::combine_,
+          schemas::projection, schemas::decompose_, schemas::sgd_step_, schemas::adamw_step_}) {
         library.def(schema);
     }
 }
@@ -240,6 +278,8 @@ STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, library) {
     library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
     library.impl("restore_", boxed<&restore_<&launch_restore>>);
     library.impl("combine_", boxed<&combine_<&launch_combine>>);
+    library.impl("projection", boxed<&projection<&launch_projection>>);
+    library.impl("decompose_", boxed<&decompose_<&launch_decompose>>);
     library.impl("sgd_step_", boxed<&sgd_step_<&launch_sgd_step>>);
     library.impl("adamw_step_", boxed<&adamw_step_<&launch_adamw_step>>);
 }

@@ -104,6 +104,30 @@ std::tuple<Tensor, Tensor> l2_norm_pair(const TensorList& first, const TensorLis
     return {norms[0], norms[1]};
 }
 
+// ---------------------------------------------------------------- decompose
+
+Gradients gradients_of(const Operands& operands) {
+    return {operands.data[0], operands.data[1], operands.data[2], operands.data[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> launch_projection(const Operands& operands, const Weights<double>& weights) {
+    const OnDevice device(operands);
+    const ScalarType wide = operands.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+    const Tensor found = device.empty({}, wide), plus_norm = device.empty({}, wide),
+                 minus_norm = device.empty({}, wide);
+    // Freed on return, as in norms_of.
+    const auto bytes = static_cast<int64_t>(projection_scratch_bytes(elements_of(operands)));
+    const Tensor scratch = device.empty({bytes}, ScalarType::Byte);
+    projection(device.target(), elements_of(operands), gradients_of(operands), weights, scratch.data_ptr(),
+               {found.data_ptr(), plus_norm.data_ptr(), minus_norm.data_ptr()});
+    return {found, plus_norm, minus_norm};
+}
+
+void launch_decompose(const Operands& operands, const Decomposition& decomposition) {
+    const OnDevice device(operands);
+    decompose(device.target(), elements_of(operands), gradients_of(operands), decomposition);
+}
+
 // ---------------------------------------------------------------- all others, with checked arguments
 
 Restored restored_of(const Operands& operands) {
@@ -153,6 +177,8 @@ STABLE_TORCH_LIBRARY_IMPL(gam_fused, CUDA, library) {
     library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
     library.impl("restore_", boxed<&restore_<&launch_restore>>);
     library.impl("combine_", boxed<&combine_<&launch_combine>>);
+    library.impl("projection", boxed<&gam_fused::projection<&launch_projection>>);
+    library.impl("decompose_", boxed<&decompose_<&launch_decompose>>);
     library.impl("sgd_step_", boxed<&sgd_step_<&launch_sgd_step>>);
     library.impl("adamw_step_", boxed<&adamw_step_<&launch_adamw_step>>);
 }

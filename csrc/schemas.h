@@ -27,6 +27,18 @@ constexpr const char* combine_ =
     "combine_(Tensor(a!)[] params, Tensor[] backups, Tensor(b!)[] grads, Tensor[] hvps, Tensor adversarial_norm, "
     "float rho, float alpha, float xi) -> ()";
 
+// With h⁺ = weight1 · grads_ahead + weight3 · adversarial_grads_ahead and h⁻ = weight0 · grads + weight2 ·
+// adversarial_grads: ⟨h⁻, h⁺⟩ / ‖h⁺‖ (0 where h⁺ is 0), ‖h⁺‖ and ‖h⁻‖; deterministic as the norms are.
+constexpr const char* projection =
+    "projection(Tensor[] grads, Tensor[] grads_ahead, Tensor[] adversarial_grads, Tensor[] adversarial_grads_ahead, "
+    "float weight0, float weight1, float weight2, float weight3) -> (Tensor, Tensor, Tensor)";
+
+// grads <- h⁺, grads_ahead <- h⁻ − projection · plus_norm / (plus_norm + ξ)² · h⁺
+constexpr const char* decompose_ =
+    "decompose_(Tensor(a!)[] grads, Tensor(b!)[] grads_ahead, Tensor[] adversarial_grads, "
+    "Tensor[] adversarial_grads_ahead, Tensor projection, Tensor plus_norm, float weight0, float weight1, "
+    "float weight2, float weight3, float xi) -> ()";
+
 // Restore, combine and torch.optim.SGD in one launch. `momentum_buffers` is empty where momentum is 0. `guards` are
 // 0-d tensors like the norms: where one of them or `adversarial_norm` is not finite, or `found_inf` is not zero,
 // params <- backups and nothing else is written. The combined gradient is divided by `grad_scale`; it is left in

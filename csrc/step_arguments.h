@@ -1,4 +1,4 @@
-// What an operator that ends a step is given beside its lists, on any device; free of torch and of CUDA.
+// What an operator with many arguments is given beside its lists, on any device; free of torch and of CUDA.
 //
 // Pointers point to memory of the tensors' device. Those of type void* have the accumulation dtype of the tensors'
 // dtype.
@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "update_rules.h"
+
 namespace gam_fused {
 
 // α ρ / (‖g_adv‖ + ξ), the factor of the Hessian-vector product.
@@ -16,6 +18,14 @@ struct Penalty {
     const void* adversarial_norm;
     double rho;
     double alpha;
+    double xi;
+};
+
+// What the four gradients of an accelerated step are multiplied by, and what is to be known of their two sums.
+struct Decomposition {
+    const void* projection;
+    const void* plus_norm;
+    Weights<double> weights;
     double xi;
 };
 

@@ -62,6 +62,42 @@ GAM_FUSED_HD A combined(A grad, A hvp, A scale) {
     return grad + scale * hvp;
 }
 
+// ---------------------------------------------------------------- decompose (the paper's Algorithm 2)
+
+// Of the gradients g0 at θ, g1 ahead of θ, g2 at θ_adv and g3 ahead of θ_adv.
+template <typename A>
+struct Weights {
+    A w0;
+    A w1;
+    A w2;
+    A w3;
+};
+
+template <typename A>
+Weights<A> weights_in(const Weights<double>& weights) {
+    return {static_cast<A>(weights.w0), static_cast<A>(weights.w1), static_cast<A>(weights.w2),
+            static_cast<A>(weights.w3)};
+}
+
+// h⁺ = w1 g1 + w3 g3, of the gradients ahead; h⁻ = w0 g0 + w2 g2, of those where the steps ahead begin.
+template <typename A>
+GAM_FUSED_HD A mixed(A first, A second, A first_weight, A second_weight) {
+    return first_weight * first + second_weight * second;
+}
+
+// ⟨h⁻, h⁺⟩ / (‖h⁺‖ + ξ)², out of ⟨h⁻, h⁺⟩ / ‖h⁺‖: how much of h⁺ there is in h⁻.
+template <typename A>
+GAM_FUSED_HD A parallel_scale(A projection, A plus_norm, A xi) {
+    const A norm = plus_norm + xi;
+    return projection / norm * (plus_norm / norm);
+}
+
+// h⊥ = h⁻ − scale · h⁺
+template <typename A>
+GAM_FUSED_HD A perpendicular(A minus, A plus, A scale) {
+    return minus - scale * plus;
+}
+
 // ---------------------------------------------------------------- SGD (torch.optim.SGD)
 
 template <typename A>

@@ -30,12 +30,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be > 0, got {value!r}.")
 
 
-def checked_closure(closure: Any) -> Callable[[], Any]:
-    """``closure``, or an error if it cannot be called."""
+def checked_closure(closure: Any, otherwise: str = "") -> Callable[[], Any]:
+    """``closure``, or an error if it cannot be called; ``otherwise``: what to do without one."""
     if not callable(closure):
         raise TypeError(
             f"closure must be a function that runs the forward pass and returns the loss, got {closure!r}; "
-            "call step(lambda: criterion(model(x), y)), or use first_step(loss) and second_step(loss_adv)."
+            f"call step(lambda: criterion(model(x), y)){otherwise}."
         )
     return closure
 
@@ -135,12 +135,12 @@ def _check_param(param: Any, name: str) -> None:
         raise ValueError(f"{name} is not a leaf tensor; optimize what it was computed from, or param.detach().")
 
 
-def check_base_optimizer_class(base_optimizer: Any) -> None:
-    """Raise unless ``base_optimizer`` is an optimizer class whose step needs no closure."""
+def check_base_optimizer_class(base_optimizer: Any, wrapper: str) -> None:
+    """Raise unless ``base_optimizer`` is an optimizer class whose step needs no closure; ``wrapper``: who asks."""
     if isinstance(base_optimizer, Optimizer):
         raise TypeError(
             "base_optimizer must be a class such as torch.optim.SGD, got an optimizer already built; "
-            "use GAM.wrap(optimizer, rho=..., alpha=...)."
+            f"use {wrapper}.wrap(optimizer, rho=..., alpha=...)."
         )
     if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise TypeError(
@@ -150,6 +150,6 @@ def check_base_optimizer_class(base_optimizer: Any) -> None:
     needs_closure = closure is not None and closure.default is inspect.Parameter.empty
     if needs_closure or getattr(base_optimizer, "evaluates_closure", False):
         raise ValueError(
-            f"base_optimizer {base_optimizer.__name__} evaluates a closure itself, which GAM cannot give it; use one "
-            "that steps from gradients, such as torch.optim.SGD or torch.optim.AdamW."
+            f"base_optimizer {base_optimizer.__name__} evaluates a closure itself, which {wrapper} cannot give it; use "
+            "one that steps from gradients, such as torch.optim.SGD or torch.optim.AdamW."
         )

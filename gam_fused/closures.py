@@ -33,11 +33,15 @@ _RUNNING_STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {
 
 
 class Evaluation:
-    """What one run of the closure gave: the loss it returned, detached, and the gradient of what it differentiated."""
+    """What one run of the closure gave: the loss it returned, detached, and the gradient of what it differentiated.
 
-    def __init__(self, loss: Tensor, gradients: Gradients) -> None:
+    ``backward_called``: whether the closure differentiated it itself.
+    """
+
+    def __init__(self, loss: Tensor, gradients: Gradients, *, backward_called: bool = False) -> None:
         self.loss = loss
         self.gradients = gradients
+        self.backward_called = backward_called
 
 
 def evaluate(
@@ -77,6 +81,34 @@ def evaluate(
             param.grad = None  # was for the closure to see; the double backward can use the memory
     else:
         gradients.add([loss], [None])
+    return Evaluation(_scalar(loss), gradients, backward_called=interception.backward_called)
+
+
+def evaluate_again(closure: Closure, params: Sequence[Tensor], replay: Replay, first: Evaluation) -> Evaluation:
+    """As :func:`evaluate` without ``create_graph``, once ``first`` has told what this closure does.
+
+    One that only returns its loss is not watched a second time: that would cost a microsecond and more for each of its
+    calls into PyTorch.
+
+    Raises:
+        RuntimeError: the closure did not call ``backward()`` in its first run, and does now.
+    """
+    if first.backward_called:
+        return evaluate(closure, params, replay, create_graph=False)
+    replay.begin_pass()
+    for param in params:
+        param.grad = None
+    with torch.enable_grad():
+        loss = closure()
+    check_loss(loss, needs_graph=False)
+    if any(param.grad is not None for param in params):
+        raise RuntimeError(
+            "the closure called backward() in a later pass of a step and not in its first; it has to do the same each "
+            "time that it is run within a step."
+        )
+    check_loss(loss, needs_graph=True)
+    gradients = Gradients(params, create_graph=False, is_known=True)
+    gradients.add([loss], [None])
     return Evaluation(_scalar(loss), gradients)
 
 

@@ -57,6 +57,7 @@ class Gradients:
             losses (micro-batches) the graphs of all of them stay alive until then: the Hessian of a sum times the
             gradient of the sum needs the whole gradient first.
         forward_context: makes the context in which the losses were computed, for checkpoints that compute them again.
+        is_known: whether losses of such a graph have been added in this step before, so that it need not be looked at.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class Gradients:
         *,
         create_graph: bool,
         forward_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        is_known: bool = False,
     ) -> None:
         self._params = params
         self._create_graph = create_graph
         self._forward_context = forward_context
+        self._is_known = is_known
         self._terms: list[list[Tensor | None]] = []
         self.total: list[Tensor | None] = [None] * len(params)
         """∇L by parameter, detached; ``None`` where no loss depends on the parameter."""
@@ -82,10 +85,11 @@ class Gradients:
 
         ``retain_graph``: losses that are added later share some of this graph. Implied by ``create_graph``.
         """
-        leaves = _checked_leaves(losses, twice=self._create_graph)
-        own = {id(param) for param in self._params}
-        # Inputs that require gradients, for a gradient penalty say, are the closure's own affair.
-        self.other_leaves += [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+        if not self._is_known:
+            leaves = _checked_leaves(losses, twice=self._create_graph)
+            own = {id(param) for param in self._params}
+            # Inputs that require gradients, for a gradient penalty say, are the closure's own affair.
+            self.other_leaves += [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
         with self._forward_context():
             terms = _derivatives(
                 losses,
@@ -102,10 +106,11 @@ class Gradients:
         if not self._create_graph:
             # The closure runs again before these are used: a buffer that an operator reuses must not change them.
             del terms
-            detached = [
-                grad if grad is None else owned([grad], [param])[0]
-                for grad, param in zip(detached, self._params, strict=True)
-            ]
+            present = [(i, grad) for i, grad in enumerate(detached) if grad is not None]
+            indices = [i for i, _ in present]
+            own_memory = owned((grad for _, grad in present), (self._params[i] for i in indices))
+            for i, grad in zip(indices, own_memory, strict=True):
+                detached[i] = grad
         for i, term in enumerate(detached):
             total = self.total[i]
             if term is not None:

@@ -32,12 +32,10 @@ from gam_fused.closures import Closure, Evaluation, check_loss, differentiated, 
 from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.kernels.grouping import global_norm, global_norm_pair
-from gam_fused.kernels.rounding import seeds
 from gam_fused.landing import Active, Landing, all_finite
 from gam_fused.options import DEFAULT_ASCENT_INTERVAL, DEFAULT_FD_EPSILON, Options
 from gam_fused.switching import SwitchingOptimizer
 from gam_fused.transaction import Transaction
-from gam_fused.wrapping import OptimizerWrapper
 
 # Measured: benchmarks/results/rho_alpha_small_data.csv, discussed in the README.
 DEFAULT_RHO = 0.05
@@ -141,7 +139,7 @@ class GAM(SwitchingOptimizer):
         second_order: str = "auto",
         **base_kwargs: Any,
     ) -> None:
-        arguments.check_base_optimizer_class(base_optimizer)
+        arguments.check_base_optimizer_class(base_optimizer, type(self).__name__)
         base = base_optimizer(arguments.listed_groups(params), **base_kwargs)
         options = Options(
             hvp=hvp,
@@ -180,10 +178,6 @@ class GAM(SwitchingOptimizer):
 
         Arguments as for :class:`GAM`. Groups that hold a ``rho``, ``alpha`` or ``xi`` already keep it.
         """
-        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
-            raise TypeError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer)}.")
-        arguments.check_base_optimizer_class(type(optimizer))
-        arguments.listed_groups(optimizer.param_groups)
         gam = cls.__new__(cls)
         options = Options(
             hvp=hvp,
@@ -196,7 +190,7 @@ class GAM(SwitchingOptimizer):
             rounding=rounding,
             second_order=second_order,
         )
-        gam._wrap(optimizer, {"rho": rho, "alpha": alpha, "xi": xi}, backend, model, options)
+        gam._wrap(cls._checked_base(optimizer), {"rho": rho, "alpha": alpha, "xi": xi}, backend, model, options)
         return gam
 
     def _wrap(
@@ -228,7 +222,7 @@ class GAM(SwitchingOptimizer):
                 ``backward()`` calls (micro-batches) the step is that of the summed loss.
         """
         self._refuse_within_step("step()")
-        closure = arguments.checked_closure(closure)
+        closure = arguments.checked_closure(closure, ", or use first_step(loss) and second_step(loss_adv)")
         if self.batch_fraction < 1:
             arguments.check_takes_fraction(closure)
         self._check_ready()
@@ -388,15 +382,6 @@ class GAM(SwitchingOptimizer):
         super()._load_further_state(own)
         kept = loaded(own.get("kept_ascent"), self._trainable()[0])
         self.kept_ascent = kept if self.ascent == "reuse" else None
-
-    def _transaction(self, *, keep_random_states: bool = True) -> Transaction:
-        return Transaction(
-            self._kernels,
-            *self._trainable(),
-            self.model,
-            keep_random_states=keep_random_states,
-            rounding_seeds=seeds(self.steps) if self.rounding == "stochastic" else None,
-        )
 
 
 _HVP = Callable[[Evaluation, Active, list[Tensor]], list[Tensor]]

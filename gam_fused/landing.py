@@ -15,6 +15,7 @@ from gam_fused.closures import Evaluation
 from gam_fused.interrupts import uninterrupted
 from gam_fused.kernels.grouping import buckets, global_norm, take
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
+from gam_fused.kernels.rounding import seeds
 from gam_fused.kernels.rules import Descent
 from gam_fused.transaction import Transaction
 from gam_fused.wrapping import OptimizerWrapper
@@ -37,29 +38,38 @@ class Active:
             for i, param in zip(self.indices, self.params, strict=True)
         ]
 
+    def values(self, name: str) -> list[float]:
+        """The hyper-parameter of that name, of each."""
+        return [group[self.keys[name]] for group in self.groups]
+
+    @property
+    def maximizes(self) -> list[bool]:
+        """Whether the base optimizer maximizes, of each."""
+        return [group.get("maximize", False) for group in self.groups]
+
     @property
     def rhos(self) -> list[float]:
         """ρ of each."""
-        return [group[self.keys["rho"]] for group in self.groups]
+        return self.values("rho")
 
     @property
     def xis(self) -> list[float]:
         """ξ of each."""
-        return [group[self.keys["xi"]] for group in self.groups]
+        return self.values("xi")
 
     @property
     def penalties(self) -> list[tuple[float, float, float]]:
         """(ρ, α, ξ) of each. A base optimizer that maximizes L is given g − α h to negate, so that flatness falls."""
-        alphas = [
-            -group[self.keys["alpha"]] if group.get("maximize", False) else group[self.keys["alpha"]]
-            for group in self.groups
-        ]
+        alphas = [-a if up else a for a, up in zip(self.values("alpha"), self.maximizes, strict=True)]
         return list(zip(self.rhos, alphas, self.xis, strict=True))
 
 
 @dataclass
 class Landing:
-    """What is left to do once both points have been differentiated: restore, combine, step."""
+    """What is left to do once all points have been differentiated: restore, combine, step.
+
+    The combined gradient is grads + α ρ / (adversarial_norm + ξ) · hvps.
+    """
 
     active: Active
     penalties: list[tuple[float, float, float]]
@@ -104,6 +114,18 @@ class Landing:
 
 class LandingOptimizer(OptimizerWrapper):
     """An optimizer whose steps end with the base optimizer's, along a combined gradient, if everything is finite."""
+
+    rounding: str
+    """How parameters are rounded, see :class:`gam_fused.GAM`."""
+
+    def _transaction(self, *, keep_random_states: bool = True) -> Transaction:
+        return Transaction(
+            self._kernels,
+            *self._trainable(),
+            self.model,
+            keep_random_states=keep_random_states,
+            rounding_seeds=seeds(self.steps) if self.rounding == "stochastic" else None,
+        )
 
     def _land(
         self, transaction: Transaction, landing: Landing, guards: list[Tensor], grad_norm: Tensor, hvp_norm: Tensor

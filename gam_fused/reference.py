@@ -4,9 +4,10 @@ Written to be read beside the paper (arXiv 2303.03108). It normalises copies whe
 the Hessian-vector product, evaluates the loss anew for each derivative, returns new tensors and changes nothing it is
 given. Nothing in the package imports it.
 
-A *loss function* maps a list of parameters to a scalar and must be deterministic: :func:`gam_terms` calls it five
-times. Parameters are float64 tensors of any shapes; whether they require grad does not matter. Every function raises
-``ValueError`` for parameters of another dtype, since rounding would hide what a test is after.
+A *loss function* maps a list of parameters to a scalar and must be deterministic: :func:`gam_terms` and
+:func:`accelerated_terms` call it five times. Parameters are float64 tensors of any shapes; whether they require grad
+does not matter. Every function raises ``ValueError`` for parameters of another dtype, since rounding would hide what a
+test is after.
 """
 
 from __future__ import annotations
@@ -53,6 +54,66 @@ def gam_terms(loss_fn: LossFunction, params: Sequence[Tensor], rho: float, alpha
     combined = [gi + alpha * hi for gi, hi in zip(g, h, strict=True)]
 
     return GamTerms(loss, g, f, theta_adv, g_adv, h, combined)
+
+
+class AcceleratedTerms(NamedTuple):
+    """The terms of one step of Algorithm 2. Lists have the parameters' shapes, all tensors are detached."""
+
+    loss: Tensor
+    """L(θ), 0-d."""
+    g0: list[Tensor]
+    """Gradient ∇L(θ)."""
+    g1: list[Tensor]
+    """Gradient ahead, ∇L(θ + ρ′ g0 / (‖g0‖ + ξ))."""
+    theta_adv: list[Tensor]
+    """Adversarial point θ + ρ (g1 − g0) / (‖g1 − g0‖ + ξ)."""
+    g2: list[Tensor]
+    """Gradient there, ∇L(θ_adv)."""
+    g3: list[Tensor]
+    """Gradient ahead of it, ∇L(θ_adv + ρ′ g2 / (‖g2‖ + ξ))."""
+    h_plus: list[Tensor]
+    """α g1 + (1 − α) g3."""
+    h_minus: list[Tensor]
+    """β g0 + (1 − β) g2; in the form of the released code, g0 + |1 − β| g2."""
+    h_perpendicular: list[Tensor]
+    """h⁻ − ⟨h⁻, n⟩ n with n = h⁺ / (‖h⁺‖ + ξ)."""
+    combined: list[Tensor]
+    """What the base optimizer is given, h⁺ − γ h⊥."""
+
+
+def accelerated_terms(
+    loss_fn: LossFunction,
+    params: Sequence[Tensor],
+    rho: float,
+    rho_prime: float,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    xi: float,
+    form: str = "paper",
+) -> AcceleratedTerms:
+    """One step of Algorithm 2 at θ = ``params`` up to the base optimizer; ``form`` as in :class:`AcceleratedTerms`."""
+    theta = _checked(params)
+    loss = loss_fn(theta).detach()
+
+    g0 = gradient(loss_fn, theta)
+    g1 = gradient(loss_fn, [p + rho_prime * d for p, d in zip(theta, _normalised(g0, xi), strict=True)])
+    ascent = _normalised([g1i - g0i for g0i, g1i in zip(g0, g1, strict=True)], xi)
+    theta_adv = [p + rho * d for p, d in zip(theta, ascent, strict=True)]
+    g2 = gradient(loss_fn, theta_adv)
+    g3 = gradient(loss_fn, [p + rho_prime * d for p, d in zip(theta_adv, _normalised(g2, xi), strict=True)])
+
+    h_plus = [alpha * g1i + (1 - alpha) * g3i for g1i, g3i in zip(g1, g3, strict=True)]
+    if form == "paper":
+        h_minus = [beta * g0i + (1 - beta) * g2i for g0i, g2i in zip(g0, g2, strict=True)]
+    else:
+        h_minus = [g0i + abs(1 - beta) * g2i for g0i, g2i in zip(g0, g2, strict=True)]
+    n = _normalised(h_plus, xi)
+    length = _sum((h * ni).sum() for h, ni in zip(h_minus, n, strict=True))
+    h_perpendicular = [h - length * ni for h, ni in zip(h_minus, n, strict=True)]
+    combined = [h - gamma * p for h, p in zip(h_plus, h_perpendicular, strict=True)]
+
+    return AcceleratedTerms(loss, g0, g1, theta_adv, g2, g3, h_plus, h_minus, h_perpendicular, combined)
 
 
 def sam_gradient(loss_fn: LossFunction, params: Sequence[Tensor], rho: float) -> list[Tensor]:

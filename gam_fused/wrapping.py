@@ -77,6 +77,15 @@ class OptimizerWrapper(Optimizer):
         self.metrics["skipped_steps"] = torch.zeros((), dtype=torch.int64, device="cpu")
         self._follow_devices()
 
+    @classmethod
+    def _checked_base(cls, optimizer: Any) -> Optimizer:
+        """``optimizer``, or an error unless it has been built and can be a base optimizer."""
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+            raise TypeError(f"optimizer must be a plain torch.optim.Optimizer, got {type(optimizer)}.")
+        arguments.check_base_optimizer_class(type(optimizer), cls.__name__)
+        arguments.listed_groups(optimizer.param_groups)
+        return optimizer
+
     @property
     def backend(self) -> str:
         """The name of the back end in use."""

@@ -41,7 +41,10 @@ from tests import literal
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-EAGER = "gradient,gradient-hvp,gradient-hvp-of-gam,sgd,naive-gam,gam-exact,gam-finite-difference,gam-exact-interval-4"
+EAGER = (
+    "gradient,gradient-hvp,gradient-hvp-of-gam,sgd,naive-gam,gam-exact,accelerated-gam,gam-finite-difference,"
+    "gam-exact-interval-4"
+)
 OF_OTHERS = {"pytorch_optimizer-sam": "pytorch_optimizer", "infty-gam": "infty"}
 
 

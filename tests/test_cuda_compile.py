@@ -29,6 +29,8 @@ LOADS_AND_STORES = {
     "perturb_kernel": (2, 2),
     "restore_kernel": (1, 1),
     "combine_kernel": (3, 2),
+    "sum_mixed_kernel": (4, 0),  # it stores three sums for each chunk
+    "decompose_kernel": (4, 2),
     "sgd_kernel, 0": (4, 3),
     "sgd_kernel, 1": (5, 4),
     "adamw_kernel, 0": (6, 5),
@@ -36,7 +38,7 @@ LOADS_AND_STORES = {
     "sum_chunks_kernel": (4, 0),  # four packs of one list; it stores one sum for each chunk
 }
 # Kernels that touch a few numbers for each tensor or chunk.
-SMALL = ("finish_norms_kernel", "count_step_kernel")
+SMALL = ("finish_norms_kernel", "finish_projection_kernel", "count_step_kernel")
 
 # Arithmetic and conversions; DEPBAR and the like are not among them.
 FP64 = re.compile(r"\b(DADD|DMUL|DFMA|DSETP|DMNMX|F2F\.\S*F64\S*|F2I\.\S*F64\S*|I2F\.\S*F64\S*|MUFU\.\S*64H\S*)\b")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gam_fused
-from gam_fused import GAM, kernels
+from gam_fused import GAM, AcceleratedGAM, kernels
 from tests.states import assert_same, snapshot
 
 BACKENDS = sorted(name for name, reason in kernels.available().items() if reason is None)
@@ -27,7 +27,14 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "eps": 1e-3}),
 }
 
+MODES: dict[str, tuple[type[GAM] | type[AcceleratedGAM], dict[str, Any]]] = {
+    "exact": (GAM, {"rho": 0.05, "alpha": 0.3}),
+    "finite_difference": (GAM, {"rho": 0.05, "alpha": 0.3, "hvp": "finite_difference"}),
+    "accelerated": (AcceleratedGAM, {"rho": 0.05, "gamma": 0.3}),
+}
+
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_modes = pytest.mark.parametrize("mode", MODES)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 over_bases = pytest.mark.parametrize("base", BASES)
 
@@ -35,8 +42,8 @@ over_bases = pytest.mark.parametrize("base", BASES)
 class Task:
     """A network with BatchNorm, dropout, an unused layer and a tap, on one batch; faults can be planted in any pass.
 
-    A fault stands at (pass, stage): pass 1 is at θ, pass 2 at θ_adv; the stages of the tapped activation are its
-    forward, its backward and the backward of its backward.
+    A fault stands at (pass, stage): pass 1 is at θ, pass 2 at θ_adv (of four passes, the third); the stages of the
+    tapped activation are its forward, its backward and the backward of its backward.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
@@ -59,7 +66,7 @@ class Task:
     def _meet(self, where: tuple[int, str], tensor: Tensor) -> Tensor:
         return self.action(tensor) if where == self.fault else tensor
 
-    def step(self, optimizer: GAM, fault: tuple[int, str] | None = None, action: Any = None) -> Tensor:
+    def step(self, optimizer: GAM | AcceleratedGAM, fault: tuple[int, str] | None = None, action: Any = None) -> Tensor:
         self.passes, self.fault = 0, fault
         if action is not None:
             self.action = action
@@ -106,20 +113,21 @@ def raise_exit(tensor: Tensor) -> Tensor:
     raise SystemExit(3)
 
 
-def build(task: Task, backend: str, base: str = "sgd", **kwargs: Any) -> GAM:
+def build(task: Task, backend: str, base: str = "sgd", mode: str = "exact", **kwargs: Any) -> Any:
     base_class, base_kwargs = BASES[base]
-    return GAM(
+    wrapper, wrapper_kwargs = MODES[mode]
+    return wrapper(
         task.model.parameters(),
         base_class,
-        **{"rho": 0.05, "alpha": 0.3, "model": task.model, "backend": backend, **base_kwargs, **kwargs},
+        **{**wrapper_kwargs, "model": task.model, "backend": backend, **base_kwargs, **kwargs},
     )
 
 
-def assert_equals_an_undisturbed_twin(task: Task, optimizer: GAM, backend: str) -> None:
+def assert_equals_an_undisturbed_twin(task: Task, optimizer: Any, backend: str, mode: str = "exact") -> None:
     """After two steps from seed 1, and whatever else was undone between them."""
     after = snapshot(task.model, optimizer)
     twin = Task()
-    twin_optimizer = build(twin, backend)
+    twin_optimizer = build(twin, backend, mode=mode)
     torch.manual_seed(1)
     twin.step(twin_optimizer)
     twin.step(twin_optimizer)
@@ -133,9 +141,10 @@ over_stages = pytest.mark.parametrize("fault", STAGES, ids=lambda fault: f"{faul
 @over_backends
 @over_dtypes
 @over_bases
-def test_lr_zero_leaves_parameters_bitwise_unchanged(base: str, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("mode", ["exact", "accelerated"])
+def test_lr_zero_leaves_parameters_bitwise_unchanged(mode: str, base: str, dtype: torch.dtype, backend: str) -> None:
     task = Task(dtype)
-    optimizer = build(task, backend, base, lr=0.0, weight_decay=0.0)
+    optimizer = build(task, backend, base, mode, lr=0.0, weight_decay=0.0)
     before = snapshot(task.model, optimizer)["params"]
     for _ in range(3):
         task.step(optimizer)
@@ -185,19 +194,40 @@ def test_an_exception_leaves_every_dtype_and_base_optimizer_bitwise_as_before(
 
 
 @over_backends
+@pytest.mark.parametrize("mode", ["finite_difference", "accelerated"])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_an_exception_in_any_pass_of_finite_differences_leaves_everything_bitwise_as_before(
-    at: int, backend: str
+def test_an_exception_in_any_of_four_passes_leaves_everything_bitwise_as_before(
+    at: int, mode: str, backend: str
 ) -> None:
     task = Task()
-    optimizer = build(task, backend, hvp="finite_difference")
+    optimizer = build(task, backend, mode=mode)
+    torch.manual_seed(1)
     task.step(optimizer)
     assert task.passes == 4
     before = snapshot(task.model, optimizer)
     for stage in ("forward", "loss", "backward"):
-        with pytest.raises(Planted):
-            task.step(optimizer, (at, stage), raise_planted)
+        for action, error in ((raise_planted, Planted), (raise_interrupt, KeyboardInterrupt)):
+            with pytest.raises(error):
+                task.step(optimizer, (at, stage), action)
+            assert_same(before, snapshot(task.model, optimizer))
+    assert optimizer.steps == 1
+
+    task.step(optimizer)
+    assert_equals_an_undisturbed_twin(task, optimizer, backend, mode)
+
+
+@over_backends
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", ["forward", "loss", "backward"])
+def test_a_non_finite_value_in_any_pass_of_an_accelerated_step_skips_it(stage: str, at: int, backend: str) -> None:
+    task = Task()
+    optimizer = build(task, backend, mode="accelerated")
+    for skipped, poison in enumerate(POISONS.values(), start=1):
+        task.step(optimizer)
+        before = snapshot(task.model, optimizer)
+        task.step(optimizer, (at, stage), poison)
         assert_same(before, snapshot(task.model, optimizer))
+        assert float(optimizer.metrics["skipped_steps"]) == skipped
 
 
 @over_backends
@@ -247,6 +277,19 @@ def test_an_exception_after_the_base_optimizer_has_written_leaves_a_complete_ste
         task.step(optimizer)
     assert_same(expected, snapshot(task.model, optimizer))
     assert optimizer.steps == 1
+
+
+@over_backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_accelerated_gradient_that_overflows_skips_the_step(dtype: torch.dtype, backend: str) -> None:
+    """The four gradients, h⁺ and h⊥ are finite, h⁺ − γ h⊥ is not."""
+    param = nn.Parameter(torch.tensor([8.0, 4.0, 1.0], dtype=dtype))
+    model = nn.ParameterList([param])
+    optimizer = AcceleratedGAM([param], rho=1.0, rho_prime=1.0, gamma=torch.finfo(dtype).max, backend=backend, lr=1e-38)
+    before = snapshot(model, optimizer)
+    optimizer.step(lambda: param.pow(4).sum())
+    assert float(optimizer.metrics["skipped_steps"]) == 1
+    assert_same(before, snapshot(model, optimizer))
 
 
 @over_backends
@@ -305,10 +348,10 @@ def test_a_non_finite_hvp_skips_the_step_in_every_dtype_and_base_optimizer(
 
 
 @over_backends
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-def test_an_infinite_batch_is_skipped_by_every_mode_and_between_flatness_steps(hvp: str, backend: str) -> None:
+@over_modes
+def test_an_infinite_batch_is_skipped_by_every_mode_and_between_flatness_steps(mode: str, backend: str) -> None:
     task = Task()
-    optimizer = build(task, backend, hvp=hvp, interval=2)
+    optimizer = build(task, backend, mode=mode, interval=2)
     clean = task.inputs
     for expected in (1, 2):
         task.inputs = torch.full_like(clean, float("inf"))
@@ -346,9 +389,10 @@ def test_a_closure_that_draws_its_own_data_is_not_stuck_on_a_bad_draw(backend: s
 
 @over_backends
 @over_bases
-def test_a_parameter_without_a_gradient_is_left_alone(base: str, backend: str) -> None:
+@pytest.mark.parametrize("mode", ["exact", "accelerated"])
+def test_a_parameter_without_a_gradient_is_left_alone(mode: str, base: str, backend: str) -> None:
     task = Task()
-    optimizer = build(task, backend, base, weight_decay=0.1)
+    optimizer = build(task, backend, base, mode, weight_decay=0.1)
     unused = task.model["unused"]
     for param in unused.parameters():
         param.grad = torch.ones_like(param)  # left over from elsewhere: not a gradient of this step
@@ -362,11 +406,12 @@ def test_a_parameter_without_a_gradient_is_left_alone(base: str, backend: str) -
 @over_dtypes
 @over_backends
 @over_bases
-def test_the_same_seed_gives_the_same_bits(base: str, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", ["exact", "accelerated"])
+def test_the_same_seed_gives_the_same_bits(mode: str, base: str, backend: str, dtype: torch.dtype) -> None:
     runs = []
     for _ in range(2):
         task = Task(dtype)
-        optimizer = build(task, backend, base)
+        optimizer = build(task, backend, base, mode)
         for _ in range(3):
             task.step(optimizer)
         runs.append(snapshot(task.model, optimizer))
@@ -374,7 +419,8 @@ def test_the_same_seed_gives_the_same_bits(base: str, backend: str, dtype: torch
 
 
 @over_backends
-def test_the_number_of_threads_leaves_no_trace(backend: str) -> None:
+@pytest.mark.parametrize("mode", ["exact", "accelerated"])
+def test_the_number_of_threads_leaves_no_trace(mode: str, backend: str) -> None:
     """The arithmetic around the derivatives; the loss is made of operators that are elementwise, so exact too."""
     threads = torch.get_num_threads()
     runs = []
@@ -383,7 +429,8 @@ def test_the_number_of_threads_leaves_no_trace(backend: str) -> None:
             torch.set_num_threads(number)
             torch.manual_seed(0)
             params = [nn.Parameter(torch.randn(size)) for size in (1, 300_001, 70_000)]
-            optimizer = GAM(params, rho=0.05, alpha=0.3, backend=backend, lr=0.1, momentum=0.9)
+            wrapper, kwargs = MODES[mode]
+            optimizer = wrapper(params, backend=backend, lr=0.1, momentum=0.9, **kwargs)
             for _ in range(3):
                 optimizer.step(lambda params=params: Fixed.apply(*params))  # type: ignore[misc]
             runs.append([param.detach().clone() for param in params])
@@ -416,11 +463,11 @@ def _ctrl_c_raises() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ctrl_c_raises")
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(hvp: str) -> None:
+@over_modes
+def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(mode: str) -> None:
     """A real SIGINT at every line of the package that a step runs, at its first and its last turn."""
     task = Task()
-    optimizer = build(task, "foreach", hvp=hvp)
+    optimizer = build(task, "foreach", mode=mode)
     task.step(optimizer)
     start = copy.deepcopy((task, optimizer))
     random_state = torch.get_rng_state()

@@ -88,6 +88,49 @@ def test_gam_terms_of_logistic_regression() -> None:
     assert_terms_equal(terms, gam_terms_by_hand(gradient, hessian, params[0]))
 
 
+@pytest.mark.parametrize(("form", "beta", "weights"), [("paper", 0.3, (0.3, 0.7)), ("released_code", 1.7, (1, 0.7))])
+def test_accelerated_terms_of_a_quartic_whose_hessian_varies(
+    form: str, beta: float, weights: tuple[float, float]
+) -> None:
+    rho, rho_prime, alpha, gamma, xi = 0.3, 0.05, 0.6, 0.4, 0.05
+    params = [double(3), double(2, 2)]
+
+    def gradient(t: Tensor) -> Tensor:
+        return 4 * t**3
+
+    theta = flat(params)
+    g0 = gradient(theta)
+    g1 = gradient(theta + rho_prime * g0 / (g0.norm() + xi))
+    theta_adv = theta + rho * (g1 - g0) / ((g1 - g0).norm() + xi)
+    g2 = gradient(theta_adv)
+    g3 = gradient(theta_adv + rho_prime * g2 / (g2.norm() + xi))
+    h_plus = alpha * g1 + (1 - alpha) * g3
+    h_minus = weights[0] * g0 + weights[1] * g2
+    parallel = (h_minus @ h_plus) / (h_plus.norm() + xi) ** 2 * h_plus
+    combined = h_plus - gamma * (h_minus - parallel)
+
+    terms = reference.accelerated_terms(
+        lambda t: flat(t).pow(4).sum(), params, rho, rho_prime, alpha, beta, gamma, xi, form
+    )
+    for name, value in {
+        "g0": g0, "g1": g1, "theta_adv": theta_adv, "g2": g2, "g3": g3, "h_plus": h_plus, "h_minus": h_minus,
+        "h_perpendicular": h_minus - parallel, "combined": combined,
+    }.items():  # fmt: skip
+        assert_close(flat(getattr(terms, name)), value, **CLOSE, msg=partial("{}: {}".format, name))
+    assert_close(terms.loss, theta.pow(4).sum(), **CLOSE)
+    assert [t.shape for t in terms.combined] == [p.shape for p in params]
+
+
+@pytest.mark.parametrize("form", ["paper", "released_code"])
+def test_without_xi_the_perpendicular_part_is_perpendicular(form: str) -> None:
+    terms = reference.accelerated_terms(
+        lambda t: flat(t).pow(4).sum(), [double(3), double(2, 2)], 0.3, 0.05, 0.6, 0.3, 0.4, 0.0, form
+    )
+    h_plus, h_perpendicular = flat(terms.h_plus), flat(terms.h_perpendicular)
+    assert abs(float(h_plus @ h_perpendicular)) < 1e-14 * float(h_plus.norm() * flat(terms.h_minus).norm())
+    assert h_perpendicular.norm() > 0.01 * flat(terms.h_minus).norm()  # there is something to be perpendicular
+
+
 def test_sam_gradient_of_a_quadratic() -> None:
     factor = double(5, 5)
     a = factor @ factor.T
@@ -125,9 +168,10 @@ def test_nothing_it_is_given_changes_or_enters_a_graph() -> None:
     params = [double(3).requires_grad_()]
     before = params[0].detach().clone()
     terms = reference.gam_terms(lambda t: t[0].pow(4).sum(), params, RHO, ALPHA, XI)
+    accelerated = reference.accelerated_terms(lambda t: t[0].pow(4).sum(), params, RHO, RHO, ALPHA, ALPHA, ALPHA, XI)
     assert torch.equal(params[0], before)
     assert params[0].grad is None
-    for term in terms:
+    for term in (*terms, *accelerated):
         assert not any(t.requires_grad for t in ([term] if isinstance(term, Tensor) else term))
 
 
@@ -137,11 +181,12 @@ def test_nothing_it_is_given_changes_or_enters_a_graph() -> None:
         lambda params: reference.gradient(lambda t: t[0].sum(), params),
         lambda params: reference.hessian_vector_product(lambda t: t[0].sum(), params, params),
         lambda params: reference.gam_terms(lambda t: t[0].sum(), params, RHO, ALPHA, XI),
+        lambda params: reference.accelerated_terms(lambda t: t[0].sum(), params, RHO, RHO, ALPHA, ALPHA, ALPHA, XI),
         lambda params: reference.sam_gradient(lambda t: t[0].sum(), params, RHO),
         lambda params: reference.SGD(lr=0.1).step(params, params),
         lambda params: reference.Adam().step(params, params),
     ],
-    ids=["gradient", "hessian_vector_product", "gam_terms", "sam_gradient", "SGD", "Adam"],
+    ids=["gradient", "hessian_vector_product", "gam_terms", "accelerated_terms", "sam_gradient", "SGD", "Adam"],
 )
 def test_parameters_that_are_not_float64_are_refused(call: Callable[[list[Tensor]], object]) -> None:
     with pytest.raises(ValueError, match=r"params\[1\]: dtype torch.float32, expected torch.float64"):

@@ -58,6 +58,21 @@ struct AdamWChunk {
     void* max_exp_avg_sq;
 };
 
+// Addresses of a chunk of the four gradients of an accelerated step.
+struct GradientsChunk {
+    void* grad;
+    void* grad_ahead;
+    const void* adversarial_grad;
+    const void* adversarial_grad_ahead;
+};
+
+// Sums over a chunk.
+struct MixedSums {
+    double dot;            // of h⁻ and h⁺
+    double plus_squared;   // of h⁺ and h⁺
+    double minus_squared;  // of h⁻ and h⁻
+};
+
 // One instruction set.
 struct ChunkKernels {
     const char* name;
@@ -73,6 +88,11 @@ struct ChunkKernels {
     // param <- backup, grad <- grad + scale * hvp
     void (*combine)(Dtype dtype, void* param, const void* backup, void* grad, const void* hvp, int64_t size,
                     double scale, bool is_streaming);
+    // In double, of h⁺ and h⁻ in the accumulation type; of float, each product is exact.
+    MixedSums (*mixed_sums)(Dtype dtype, const GradientsChunk& chunk, int64_t size, const Weights<double>& weights);
+    // grad <- h⁺, grad_ahead <- h⁻ - scale * h⁺
+    void (*decompose)(Dtype dtype, const GradientsChunk& chunk, int64_t size, const Weights<double>& weights,
+                      double scale);
     void (*sgd_step)(Dtype dtype, const SGDChunk& chunk, int64_t size, const SGDLaunch& launch,
                      const RandomChunk* random);
     void (*adamw_step)(Dtype dtype, const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,

@@ -194,39 +194,47 @@ typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
 
 // By reference: how a vector is returned depends on the instruction set.
-inline __attribute__((always_inline)) void add_squares(Lanes& sum, const double* from) {
-    Lanes lanes;
+inline __attribute__((always_inline)) void load_lanes(Lanes& lanes, const double* from) {
     __builtin_memcpy(&lanes, from, sizeof lanes);
-    sum += lanes * lanes;
 }
 
-inline __attribute__((always_inline)) void add_squares(Lanes& sum, const float* from) {
+inline __attribute__((always_inline)) void load_lanes(Lanes& lanes, const float* from) {
     FloatLanes narrow_lanes;
     __builtin_memcpy(&narrow_lanes, from, sizeof narrow_lanes);
-    const Lanes lanes = __builtin_convertvector(narrow_lanes, Lanes);
-    sum += lanes * lanes;
+    lanes = __builtin_convertvector(narrow_lanes, Lanes);
+}
+
+template <typename A>
+inline __attribute__((always_inline)) void add_products(Lanes& sum, const A* a, const A* b) {
+    Lanes first, second;
+    load_lanes(first, a);
+    load_lanes(second, b);
+    sum += first * second;
 }
 
 // Four accumulators of eight lanes each, so that additions need not wait for one another.
-struct SumOfSquares {
+struct SumOfProducts {
     Lanes sums[4] = {};
 
+    // a[i] * b[i], of squares where both are the same
     template <typename A>
-    inline __attribute__((always_inline)) void add(const A* values, int64_t size) {
-        Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+    inline __attribute__((always_inline)) void add(const A* a, const A* b, int64_t size) {
+        Lanes sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
         int64_t i = 0;
         for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-            add_squares(a, values + i);
-            add_squares(b, values + i + kLanes);
-            add_squares(c, values + i + 2 * kLanes);
-            add_squares(d, values + i + 3 * kLanes);
+            add_products(sum0, a + i, b + i);
+            add_products(sum1, a + i + kLanes, b + i + kLanes);
+            add_products(sum2, a + i + 2 * kLanes, b + i + 2 * kLanes);
+            add_products(sum3, a + i + 3 * kLanes, b + i + 3 * kLanes);
         }
         for (; i < size; i += kLanes) {
-            A rest[kLanes] = {};
-            __builtin_memcpy(rest, values + i, sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes));
-            add_squares(a, rest);
+            A rest_of_a[kLanes] = {}, rest_of_b[kLanes] = {};
+            const auto bytes = sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes);
+            __builtin_memcpy(rest_of_a, a + i, bytes);
+            __builtin_memcpy(rest_of_b, b + i, bytes);
+            add_products(sum0, rest_of_a, rest_of_b);
         }
-        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+        sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
     }
 
     double total() const {
@@ -237,10 +245,11 @@ struct SumOfSquares {
 
 template <typename T>
 double sum_of_squares_of(const T* tensor, int64_t size) {
-    SumOfSquares sum;
+    SumOfProducts sum;
     for_each_block(size, [&](int64_t begin, int64_t block_size) {
         accumulation_t<T> block[kBlock];
-        sum.add(view(block, tensor + begin, block_size), block_size);
+        const accumulation_t<T>* const values = view(block, tensor + begin, block_size);
+        sum.add(values, values, block_size);
     });
     return sum.total();
 }
@@ -304,6 +313,68 @@ void combine(Dtype dtype, void* param, const void* backup, void* grad, const voi
         combine_of(static_cast<T*>(grad), static_cast<const T*>(hvp), size, static_cast<accumulation_t<T>>(scale));
     });
     finish_streaming(is_streaming);
+}
+
+// ---------------------------------------------------------------- decompose
+
+// h⁺ and h⁻ of a block that begins there.
+template <typename T>
+inline __attribute__((always_inline)) void mix_block(accumulation_t<T>* __restrict plus,
+                                                     accumulation_t<T>* __restrict minus, const GradientsChunk& chunk,
+                                                     int64_t begin, int64_t size,
+                                                     const Weights<accumulation_t<T>>& weights) {
+    using A = accumulation_t<T>;
+    A block0[kBlock], block1[kBlock], block2[kBlock], block3[kBlock];
+    const A* const g0 = view(block0, static_cast<const T*>(chunk.grad) + begin, size);
+    const A* const g1 = view(block1, static_cast<const T*>(chunk.grad_ahead) + begin, size);
+    const A* const g2 = view(block2, static_cast<const T*>(chunk.adversarial_grad) + begin, size);
+    const A* const g3 = view(block3, static_cast<const T*>(chunk.adversarial_grad_ahead) + begin, size);
+    for (int64_t i = 0; i < size; ++i) {
+        plus[i] = mixed(g1[i], g3[i], weights.w1, weights.w3);
+    }
+    for (int64_t i = 0; i < size; ++i) {
+        minus[i] = mixed(g0[i], g2[i], weights.w0, weights.w2);
+    }
+}
+
+template <typename T>
+MixedSums mixed_sums_of(const GradientsChunk& chunk, int64_t size, const Weights<double>& exact_weights) {
+    const auto weights = weights_in<accumulation_t<T>>(exact_weights);
+    SumOfProducts dot, plus_squared, minus_squared;
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        accumulation_t<T> plus[kBlock], minus[kBlock];
+        mix_block<T>(plus, minus, chunk, begin, block_size, weights);
+        dot.add(minus, plus, block_size);
+        plus_squared.add(plus, plus, block_size);
+        minus_squared.add(minus, minus, block_size);
+    });
+    return {dot.total(), plus_squared.total(), minus_squared.total()};
+}
+
+MixedSums mixed_sums(Dtype dtype, const GradientsChunk& chunk, int64_t size, const Weights<double>& weights) {
+    return with_type(dtype, [&](auto type) { return mixed_sums_of<decltype(type)>(chunk, size, weights); });
+}
+
+template <typename T>
+void decompose_of(const GradientsChunk& chunk, int64_t size, const Weights<double>& exact_weights,
+                  accumulation_t<T> scale) {
+    const auto weights = weights_in<accumulation_t<T>>(exact_weights);
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        accumulation_t<T> plus[kBlock], minus[kBlock];
+        mix_block<T>(plus, minus, chunk, begin, block_size, weights);
+        for (int64_t i = 0; i < block_size; ++i) {
+            minus[i] = perpendicular(minus[i], plus[i], scale);
+        }
+        store(static_cast<T*>(chunk.grad) + begin, plus, block_size);
+        store(static_cast<T*>(chunk.grad_ahead) + begin, minus, block_size);
+    });
+}
+
+void decompose(Dtype dtype, const GradientsChunk& chunk, int64_t size, const Weights<double>& weights, double scale) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        decompose_of<T>(chunk, size, weights, static_cast<accumulation_t<T>>(scale));
+    });
 }
 
 // The gradient that a base rule steps along, in `d`; left in `grad` as well if asked for.

@@ -33,6 +33,8 @@ const ChunkKernels kAVX2 = {
     avx2::perturb,
     avx2::copy_chunk,
     avx2::combine,
+    avx2::mixed_sums,
+    avx2::decompose,
     avx2::sgd_step,
     avx2::adamw_step,
 };

@@ -37,6 +37,8 @@ const ChunkKernels kAVX512 = {
     avx512::perturb,
     avx512::copy_chunk,
     avx512::combine,
+    avx512::mixed_sums,
+    avx512::decompose,
     avx512::sgd_step,
     avx512::adamw_step,
 };

@@ -17,8 +17,8 @@
 namespace gam_fused::cpu {
 
 const ChunkKernels kBaseline = {
-    "baseline",           [] { return true; }, baseline::sum_of_squares, baseline::perturb,
-    baseline::copy_chunk, baseline::combine,   baseline::sgd_step,       baseline::adamw_step,
+    "baseline",        [] { return true; },  baseline::sum_of_squares, baseline::perturb,  baseline::copy_chunk,
+    baseline::combine, baseline::mixed_sums, baseline::decompose,      baseline::sgd_step, baseline::adamw_step,
 };
 
 }  // namespace gam_fused::cpu

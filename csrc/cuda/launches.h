@@ -61,6 +61,31 @@ struct Restored {
 
 void combine(const Target& target, const Elements& elements, const Restored& lists, const Penalty& penalty);
 
+// ---------------------------------------------------------------- decompose
+
+// The gradients of an accelerated step.
+struct Gradients {
+    const Addresses& grads;
+    const Addresses& grads_ahead;
+    const Addresses& adversarial_grads;
+    const Addresses& adversarial_grads_ahead;
+};
+
+struct ProjectionResults {
+    void* projection;
+    void* plus_norm;
+    void* minus_norm;
+};
+
+// Bytes of device memory, aligned to 16, that projection needs for intermediate results.
+size_t projection_scratch_bytes(const Elements& elements);
+
+void projection(const Target& target, const Elements& elements, const Gradients& lists, const Weights<double>& weights,
+                void* scratch, const ProjectionResults& results);
+
+void decompose(const Target& target, const Elements& elements, const Gradients& lists,
+               const Decomposition& decomposition);
+
 // ---------------------------------------------------------------- fused steps
 
 // Of one step; more raise.

@@ -36,7 +36,11 @@ class RunConfig:
     weight_decay: float
     rho: float | None
     rho_warmup: float | None  # epochs
+    rho_prime: float | None
     alpha: float | None
+    beta: float | None
+    gamma: float | None
+    form: str | None
     hvp: str | None
     backend: str | None
     interval: int | None  # steps

@@ -7,10 +7,19 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gam_fused import GAM
+from gam_fused import GAM, AcceleratedGAM
 from gam_fused.cli.config import RunConfig
 from gam_fused.cli.errors import CommandError
 from gam_fused.cli.sam import SAM
+
+# What the two kinds of GAM are given of a config.
+_SETTINGS: dict[str, tuple[type[GAM] | type[AcceleratedGAM], tuple[str, ...]]] = {
+    "gam": (GAM, ("rho", "alpha", "hvp", "backend", "interval")),
+    "accelerated-gam": (
+        AcceleratedGAM,
+        ("rho", "rho_prime", "alpha", "beta", "gamma", "form", "backend", "interval"),
+    ),
+}
 
 BASE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -46,12 +55,13 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> TrainingOptimizer:
     if config.optimizer == "sam":
         assert config.rho is not None
         return SAM(base_optimizer(groups, **settings), config.rho, model)
-    if config.optimizer == "gam":
-        settings.update({name: getattr(config, name) for name in ("rho", "alpha", "hvp", "backend", "interval")})
+    if config.optimizer in _SETTINGS:
+        optimizer, names = _SETTINGS[config.optimizer]
+        settings.update({name: getattr(config, name) for name in names})
         try:
-            return GAM(groups, base_optimizer, model=model, **settings)
+            return optimizer(groups, base_optimizer, model=model, **settings)
         except (ValueError, RuntimeError) as error:
-            raise CommandError(f"GAM: {error}") from error
+            raise CommandError(f"{optimizer.__name__}: {error}") from error
     return base_optimizer(groups, **settings)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gam_fused import accelerated
 from gam_fused.cli.config import RunConfig, option
 from gam_fused.cli.errors import CommandError
 from gam_fused.gam import DEFAULT_ALPHA, DEFAULT_RHO
@@ -20,7 +21,10 @@ PLAIN: dict[str, Any] = {
     "label_smoothing": 0.0,
     "optimizer": "gam",
     "momentum": 0.9,
-    "alpha": DEFAULT_ALPHA,
+    "rho_prime": accelerated.DEFAULT_RHO_PRIME,
+    "beta": accelerated.DEFAULT_BETA,
+    "gamma": accelerated.DEFAULT_GAMMA,
+    "form": "paper",
     "hvp": "exact",
     "backend": "auto",
     "interval": 1,
@@ -35,7 +39,8 @@ BASE = {"mlp": "sgd", "cnn": "sgd", "resnet": "sgd", "vit": "adamw"}
 LR = {"sgd": 0.1, "adamw": 0.002}
 LR_WARMUP = {"sgd": 0.0, "adamw": 1.0}
 WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
-RHO = {"sam": 0.05, "gam": DEFAULT_RHO}
+RHO = {"sam": 0.05, "gam": DEFAULT_RHO, "accelerated-gam": accelerated.DEFAULT_RHO}
+ALPHA = {"gam": DEFAULT_ALPHA, "accelerated-gam": accelerated.DEFAULT_ALPHA}
 RHO_WARMUP = {"sgd": 0.0, "adamw": 1.0}
 
 
@@ -57,6 +62,7 @@ IN_WORDS: dict[str, str] = {
     "lr_warmup": _alternatives(LR_WARMUP),
     "weight_decay": _alternatives(WEIGHT_DECAY),
     "rho": _alternatives(RHO),
+    "alpha": _alternatives(ALPHA),
     "rho_warmup": _alternatives(RHO_WARMUP),
     "threads": "as many as PyTorch takes",
     "device": "cuda if available, else cpu",
@@ -81,6 +87,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         "lr_warmup": LR_WARMUP[base],
         "weight_decay": WEIGHT_DECAY[base],
         "rho": RHO.get(optimizer),
+        "alpha": ALPHA.get(optimizer),
         "rho_warmup": RHO_WARMUP[base],
         "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -103,15 +110,19 @@ def _without_use(data: str, optimizer: str, base: str) -> dict[str, str]:
         without_use.update(dict.fromkeys(["momentum"], f"the {base} update rule"))
     if optimizer not in RHO:
         without_use.update(dict.fromkeys(["base", "rho", "rho_warmup"], f"--optimizer {optimizer}"))
+    if optimizer not in ALPHA:
+        without_use.update(dict.fromkeys(["alpha", "backend", "interval"], f"--optimizer {optimizer}"))
     if optimizer != "gam":
-        without_use.update(dict.fromkeys(["alpha", "hvp", "backend", "interval"], f"--optimizer {optimizer}"))
+        without_use.update(dict.fromkeys(["hvp"], f"--optimizer {optimizer}"))
+    if optimizer != "accelerated-gam":
+        without_use.update(dict.fromkeys(["rho_prime", "beta", "gamma", "form"], f"--optimizer {optimizer}"))
     return without_use
 
 
 def _check_ranges(config: RunConfig) -> None:
     for name in ("epochs", "batch_size", "interval", "threads"):
         _check(config, name, 1, math.inf, "1 or more")
-    for name in ("lr", "lr_warmup", "weight_decay", "rho", "rho_warmup", "alpha"):
+    for name in ("lr", "lr_warmup", "weight_decay", "rho", "rho_warmup", "rho_prime", "alpha", "beta", "gamma"):
         _check(config, name, 0, math.inf, "0 or more")
     for name in ("momentum", "label_smoothing"):
         _check(config, name, 0, 1, "at least 0 and below 1")

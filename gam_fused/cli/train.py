@@ -39,10 +39,11 @@ def train(
         float | None, _option("label_smoothing", "Probability spread over all classes, in [0, 1).", _DATA)
     ] = None,
     optimizer: Annotated[
-        Literal["sgd", "adamw", "sam", "gam"] | None, _option("optimizer", "Training algorithm.", _OPTIMIZER)
+        Literal["sgd", "adamw", "sam", "gam", "accelerated-gam"] | None,
+        _option("optimizer", "Training algorithm.", _OPTIMIZER),
     ] = None,
     base: Annotated[
-        Literal["sgd", "adamw"] | None, _option("base", "Update rule under sam and gam.", _OPTIMIZER)
+        Literal["sgd", "adamw"] | None, _option("base", "Update rule under sam and both kinds of gam.", _OPTIMIZER)
     ] = None,
     lr: Annotated[
         float | None, _option("lr", "Peak learning rate; decays to 0 as a cosine over the run.", _OPTIMIZER)
@@ -54,9 +55,26 @@ def train(
     weight_decay: Annotated[
         float | None, _option("weight_decay", "Weight decay; not applied to biases and norms.", _OPTIMIZER)
     ] = None,
-    rho: Annotated[float | None, _option("rho", "Radius of the neighbourhood, for sam and gam.", _OPTIMIZER)] = None,
+    rho: Annotated[
+        float | None, _option("rho", "Radius of the neighbourhood, for all but sgd and adamw.", _OPTIMIZER)
+    ] = None,
     rho_warmup: Annotated[float | None, _option("rho_warmup", "Epochs of linear rho warm-up.", _OPTIMIZER)] = None,
-    alpha: Annotated[float | None, _option("alpha", "Weight of gam's flatness penalty.", _OPTIMIZER)] = None,
+    rho_prime: Annotated[
+        float | None, _option("rho_prime", "Length of accelerated-gam's steps ahead.", _OPTIMIZER)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        _option("alpha", "Weight of gam's flatness penalty; of the first gradient ahead.", _OPTIMIZER),
+    ] = None,
+    beta: Annotated[
+        float | None, _option("beta", "Weight of the gradient in accelerated-gam's h⁻.", _OPTIMIZER)
+    ] = None,
+    gamma: Annotated[
+        float | None, _option("gamma", "Weight of accelerated-gam's perpendicular part.", _OPTIMIZER)
+    ] = None,
+    form: Annotated[
+        Literal["paper", "released_code"] | None, _option("form", "What accelerated-gam's h⁻ is.", _OPTIMIZER)
+    ] = None,
     hvp: Annotated[
         Literal["exact", "finite_difference"] | None,
         _option("hvp", "How gam computes Hessian-vector products.", _OPTIMIZER),

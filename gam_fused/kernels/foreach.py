@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gam_fused.kernels.interface import Backend, accumulation_dtype, as_scalar
 from gam_fused.kernels.rounding import places_of, rounded
-from gam_fused.kernels.rules import TensorList
-from gam_fused.kernels.validation import checked
+from gam_fused.kernels.rules import FourGradients, TensorList
+from gam_fused.kernels.validation import checked, validate_lists
 
 # Elements that one thread adds up at one go on the CPU. Left to itself, PyTorch adds up a long vector in one thread or,
 # from 32768 elements on and if there are gaps between them, in as many parts as there are threads, which lets the
@@ -129,6 +129,52 @@ class ForeachBackend(Backend):
             if wide != grads[0].dtype:
                 torch._foreach_copy_(list(grads[batch]), combined)
 
+    @torch.no_grad()
+    def projection(self, gradients: FourGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Backend.projection`."""
+        validate_lists(reads=gradients.lists)
+        if not gradients.grads:
+            return (self.l2_norm([]),) * 3
+        dots, plus_norms, minus_norms = [], [], []
+        for batch in _batches(gradients.grads):
+            # Flat, and in one order of elements, however tensors of equal index lie in memory.
+            plus, minus = (torch.cat([tensor.reshape(-1) for tensor in mixed]) for mixed in _mixed(gradients, batch))
+            dots.append(_chunk_sums(plus * minus))
+            plus_norms.append(_chunk_norms(plus, plus.dtype))
+            minus_norms.append(_chunk_norms(minus, minus.dtype))
+        plus_norm, minus_norm = self.l2_norm(plus_norms), self.l2_norm(minus_norms)
+        dot = torch.cat(dots)
+        while dot.numel() > 1:
+            dot = _chunk_sums(dot)
+        return torch.where(plus_norm == 0, plus_norm, dot.view(()) / plus_norm), plus_norm, minus_norm
+
+    @torch.no_grad()
+    def decompose_(self, gradients: FourGradients, projection: Tensor, plus_norm: Tensor, xi: float) -> None:
+        """See :meth:`Backend.decompose_`."""
+        lists = gradients.lists
+        validate_lists(writes={key: lists.pop(key) for key in ("grads", "grads_ahead")}, reads=lists)
+        if not gradients.grads:
+            return
+        norm = as_scalar(plus_norm, gradients.grads)
+        scale = as_scalar(projection, gradients.grads) / (norm + xi) * (norm / (norm + xi))
+        for batch in _batches(gradients.grads):
+            plus, minus = _mixed(gradients, batch)
+            torch._foreach_sub_(minus, torch._foreach_mul(plus, scale))
+            torch._foreach_copy_(list(gradients.grads[batch]), plus)
+            torch._foreach_copy_(list(gradients.grads_ahead[batch]), minus)
+
+
+def _mixed(gradients: FourGradients, batch: slice) -> tuple[list[Tensor], list[Tensor]]:
+    """h⁺ and h⁻ of the parameters in ``batch``, as new tensors in the accumulation dtype."""
+    wide = accumulation_dtype(gradients.grads[0].dtype)
+    g0, g1, g2, g3 = (
+        list(torch._foreach_mul(_cast(tensors[batch], wide), weight))
+        for tensors, weight in zip(gradients.lists.values(), gradients.weights, strict=True)
+    )
+    torch._foreach_add_(g1, g3)
+    torch._foreach_add_(g0, g2)
+    return g1, g0
+
 
 def _copy(to: TensorList, tensors: TensorList) -> None:
     if to:
@@ -177,3 +223,9 @@ def _chunk_norms(flat: Tensor, dtype: torch.dtype) -> Tensor:
         if whole < block.numel():
             norms.append(torch.linalg.vector_norm(block[whole:]).view(1))
     return torch.cat(norms)
+
+
+def _chunk_sums(flat: Tensor) -> Tensor:
+    """Sums of consecutive chunks of a 1-d contiguous tensor, one after another as in :func:`_chunk_norms`."""
+    whole = flat.numel() // _CHUNK * _CHUNK
+    return torch.cat([flat[:whole].view(-1, _CHUNK).sum(dim=1), flat[whole:].sum().view(1)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.kernels.interface import Backend
+from gam_fused.kernels.rules import FourGradients
 
 T = TypeVar("T")
 
@@ -64,3 +65,24 @@ def global_norm_pair(backend: Backend, first: Sequence[Tensor], second: Sequence
     if len({(tensor.device, tensor.dtype) for tensor in (*first, *second)}) == 1:
         return backend.l2_norm_pair(first, second)
     return global_norm(backend, first), global_norm(backend, second)
+
+
+@torch.no_grad()
+def global_projection(backend: Backend, parts: Sequence[FourGradients]) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`Backend.projection` over all parts, whatever their devices, dtypes and weights: h⁺ and h⁻ are one vector.
+
+    0-d, on the first part's device, in the widest accumulation dtype among them, combined in the order of the parts.
+    """
+    partials = [backend.projection(part) for part in parts]
+    if len(partials) < 2:
+        return partials[0] if partials else backend.projection(FourGradients([], [], [], [], (0.0, 0.0, 0.0, 0.0)))
+    widest = torch.float64 if any(norm.dtype == torch.float64 for _, norm, _ in partials) else torch.float32
+    device = partials[0][0].device
+    columns = zip(*partials, strict=True)
+    projections, plus_norms, minus_norms = (
+        torch.stack([partial.to(device, widest) for partial in column]) for column in columns
+    )
+    plus_norm, minus_norm = torch.linalg.vector_norm(plus_norms), torch.linalg.vector_norm(minus_norms)
+    # Of quotients first, so that nothing overflows on the way.
+    projection = (projections * (plus_norms / plus_norm)).sum()
+    return torch.where(plus_norm == 0, plus_norm, projection), plus_norm, minus_norm

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule, TensorList
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +106,21 @@ class Backend(ABC):
         """Restore and combine: ``params!`` ← backups, ``grads!`` ← g + α ρ / (‖g_adv‖ + ξ) · H(θ_adv) g_adv.
 
         ``alpha`` may be negative (a base optimizer that maximizes).
+        """
+
+    @abstractmethod
+    def projection(self, gradients: FourGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨h⁻, h⁺⟩ / ‖h⁺‖ (0 where h⁺ is 0), ‖h⁺‖ and ‖h⁻‖ over all tensors, as 0-d tensors of the accumulation dtype.
+
+        h⁺ and h⁻ are taken as they are in the accumulation dtype. Empty lists give zeros (float32, CPU). The results do
+        not depend on the number of threads.
+        """
+
+    @abstractmethod
+    def decompose_(self, gradients: FourGradients, projection: Tensor, plus_norm: Tensor, xi: float) -> None:
+        """``grads!`` ← h⁺ and ``grads_ahead!`` ← h⊥ = h⁻ − ⟨h⁻, n⟩ n with n = h⁺ / (‖h⁺‖ + ξ).
+
+        ``projection`` and ``plus_norm`` are those of :meth:`projection`, of these tensors and of others as it may be.
         """
 
 

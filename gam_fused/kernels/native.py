@@ -16,7 +16,7 @@ from torch import Tensor
 from gam_fused.kernels import extension, operators
 from gam_fused.kernels.interface import FusingBackend, as_scalar
 from gam_fused.kernels.layouts import copy_back, dense_copies
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule, TensorList
 
 _Lists = Mapping[str, TensorList]
 
@@ -87,6 +87,20 @@ class NativeBackend(FusingBackend):
         """See :meth:`Backend.combine_`."""
         lists = {"params": params, "backups": backups, "grads": grads, "hvps": hvps}
         self._launch("combine_", lists, (as_scalar(adversarial_norm, params), rho, alpha, xi))
+
+    @torch.no_grad()
+    def projection(self, gradients: FourGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Backend.projection`."""
+        lists = gradients.lists
+        if not any(lists.values()):
+            return (self.l2_norm([]),) * 3
+        return self._launch("projection", lists, gradients.weights)
+
+    @torch.no_grad()
+    def decompose_(self, gradients: FourGradients, projection: Tensor, plus_norm: Tensor, xi: float) -> None:
+        """See :meth:`Backend.decompose_`."""
+        norms = as_scalar(projection, gradients.grads), as_scalar(plus_norm, gradients.grads)
+        self._launch("decompose_", gradients.lists, (*norms, *gradients.weights, xi))
 
     @torch.no_grad()
     def sgd_step_(
@@ -169,7 +183,7 @@ def _dense_copies(name: str, lists: _Lists) -> _Lists:
     steps = lists.get("state_steps", ())
     lists = {key: tensors for key, tensors in lists.items() if key != "state_steps"}
     operators.validate(name, lists, steps)
-    return dense_copies(lists, element_by_element=bool(operators.WRITTEN[name]))
+    return dense_copies(lists, element_by_element=name not in operators.UNRELATED)
 
 
 def _int64(seed: int | None) -> int | None:

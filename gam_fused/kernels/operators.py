@@ -16,12 +16,16 @@ from torch import Tensor
 from gam_fused.kernels import extension
 from gam_fused.kernels.validation import check_alike, check_lengths, validate_lists, validate_steps
 
+_FOUR_GRADIENTS = ("grads", "grads_ahead", "adversarial_grads", "adversarial_grads_ahead")
+
 LISTS: dict[str, tuple[str, ...]] = {
     "l2_norm": ("tensors",),
     "l2_norm_pair": ("first", "second"),
     "perturb_": ("params", "directions"),
     "restore_": ("params", "backups"),
     "combine_": ("params", "backups", "grads", "hvps"),
+    "projection": _FOUR_GRADIENTS,
+    "decompose_": _FOUR_GRADIENTS,
     "sgd_step_": ("params", "backups", "grads", "hvps", "momentum_buffers"),
     "adamw_step_": ("params", "backups", "grads", "hvps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
@@ -33,10 +37,15 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "perturb_": ("params", "directions"),
     "restore_": ("params",),
     "combine_": ("params", "grads"),
+    "projection": (),
+    "decompose_": ("grads", "grads_ahead"),
     "sgd_step_": ("params", "grads", "momentum_buffers"),
     "adamw_step_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
 """Those that it writes."""
+
+UNRELATED = ("l2_norm", "l2_norm_pair")
+"""Operators whose lists have nothing to do with each other; those of all others belong together, index by index."""
 
 
 def validate(name: str, lists: Mapping[str, Sequence[Tensor]], steps: Sequence[Tensor] = ()) -> None:
@@ -45,7 +54,7 @@ def validate(name: str, lists: Mapping[str, Sequence[Tensor]], steps: Sequence[T
     Raises:
         ValueError: names the list and the index, what was found and what was expected.
     """
-    if not WRITTEN[name]:  # norms: of lists that have nothing to do with each other
+    if name in UNRELATED:
         for key, tensors in lists.items():
             validate_lists(reads={key: tensors}, same_shape=False)
         return
@@ -87,11 +96,19 @@ def _fake_l2_norm_pair(first: Sequence[Tensor], second: Sequence[Tensor]) -> tup
     return _norm_like(first or second), _norm_like(first or second)
 
 
+def _fake_projection(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lists = dict(zip(_FOUR_GRADIENTS, args, strict=False))
+    check_lengths(lists)
+    check_alike(lists, same_shape=True)
+    return _norm_like(args[0]), _norm_like(args[0]), _norm_like(args[0])
+
+
 def _register() -> None:
     library = torch.library.Library("gam_fused", "FRAGMENT")
     _KEPT.append(library)
     torch.library.register_fake("gam_fused::l2_norm", _fake_l2_norm, lib=library)
     torch.library.register_fake("gam_fused::l2_norm_pair", _fake_l2_norm_pair, lib=library)
+    torch.library.register_fake("gam_fused::projection", _fake_projection, lib=library)
     for name in filter(WRITTEN.get, LISTS):
         torch.library.register_fake(f"gam_fused::{name}", _fake_mutation(name), lib=library)
         library.impl(name, _counting(name), "ADInplaceOrView", with_keyset=True)
@@ -108,10 +125,11 @@ def _fake_mutation(name: str) -> Any:
         for i, step in enumerate(steps):
             if step.dtype != torch.float32 or step.numel() != 1:
                 raise ValueError(f"state_steps[{i}]: expected a float32 tensor of one element")
-        if not lists["params"]:
+        first = lists[names[0]]
+        if not first:
             return
         # A meta tensor among others brings a call here too, which must not pass for one that has run.
-        device = lists["params"][0].device
+        device = first[0].device
         for value in (steps, *args[len(names) :], *options.values()):
             for tensor in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(tensor, Tensor) and tensor.device != device:

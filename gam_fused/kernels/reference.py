@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
 from gam_fused.kernels.rounding import places_of, rounded
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule, TensorList
 from gam_fused.kernels.validation import checked, validate_lists, validate_steps
 
 # Fewer than the 32768 elements from which on PyTorch may split a sum among threads, which changes its last bits.
@@ -94,6 +94,37 @@ class ReferenceBackend(FusingBackend):
             grad.copy_(grad.to(wide) + scale * hvp.to(wide))
 
     @torch.no_grad()
+    def projection(self, gradients: FourGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Backend.projection`."""
+        validate_lists(reads=gradients.lists)
+        if not gradients.grads:
+            return _three_zeros(torch.float32, torch.device("cpu"))
+        first = gradients.grads[0]
+        dot, plus_squared, minus_squared = _three_zeros(accumulation_dtype(first.dtype), first.device)
+        for i in range(len(gradients.grads)):
+            plus, minus = (torch.split(mixed.flatten(), _CHUNK) for mixed in _mixed(gradients, i))
+            for p, m in zip(plus, minus, strict=True):
+                dot += (p * m).sum()
+                plus_squared += p.square().sum()
+                minus_squared += m.square().sum()
+        plus_norm = plus_squared.sqrt()
+        return torch.where(plus_norm == 0, plus_norm, dot / plus_norm), plus_norm, minus_squared.sqrt()
+
+    @torch.no_grad()
+    def decompose_(self, gradients: FourGradients, projection: Tensor, plus_norm: Tensor, xi: float) -> None:
+        """See :meth:`Backend.decompose_`."""
+        lists = gradients.lists
+        writes = {key: lists.pop(key) for key in ("grads", "grads_ahead")}
+        validate_lists(writes=writes, reads=lists)
+        for i, (grad, ahead) in enumerate(zip(*writes.values(), strict=True)):
+            wide = accumulation_dtype(grad.dtype)
+            length, norm = projection.to(grad.device, wide), plus_norm.to(grad.device, wide) + xi
+            plus, minus = _mixed(gradients, i)
+            scale = length / norm * (plus_norm.to(grad.device, wide) / norm)
+            grad.copy_(plus)
+            ahead.copy_(minus - scale * plus)
+
+    @torch.no_grad()
     def sgd_step_(
         self, descent: Descent, momentum_buffers: TensorList, rule: SGDRule, *, first_step: bool = False
     ) -> None:
@@ -150,6 +181,19 @@ class ReferenceBackend(FusingBackend):
             denominator = square.sqrt() / math.sqrt(1 - beta2**step) + rule.eps
             stepped = theta - lr / (1 - beta1**step) * mean / denominator
             param.copy_(_rounded(stepped, descent, i, list(moments.values())))
+
+
+def _three_zeros(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = torch.zeros(3, dtype=dtype, device=device).unbind()
+    return first, second, third
+
+
+def _mixed(gradients: FourGradients, i: int) -> tuple[Tensor, Tensor]:
+    """h⁺ and h⁻ of the parameter number ``i``, in the accumulation dtype."""
+    wide = accumulation_dtype(gradients.grads[i].dtype)
+    g0, g1, g2, g3 = (tensors[i].to(wide) for tensors in gradients.lists.values())
+    w0, w1, w2, w3 = gradients.weights
+    return w1 * g1 + w3 * g3, w0 * g0 + w2 * g2
 
 
 def _copy(to: TensorList, tensors: TensorList) -> None:

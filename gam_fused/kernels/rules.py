@@ -1,4 +1,4 @@
-"""What a fused step takes: where it starts from, a base rule, and the state of that rule."""
+"""What operators take together: four gradients to mix; a fused step's start, its base rule and the rule's state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,35 @@ from dataclasses import dataclass
 from torch import Tensor
 
 TensorList = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class FourGradients:
+    """The gradients of an accelerated step, and what mixes them: h⁺ = w₁ g1 + w₃ g3 and h⁻ = w₀ g0 + w₂ g2.
+
+    Args:
+        grads: g0 = ∇L(θ).
+        grads_ahead: g1, a step along g0 ahead of θ.
+        adversarial_grads: g2 = ∇L(θ_adv).
+        adversarial_grads_ahead: g3, a step along g2 ahead of θ_adv.
+        weights: w₀, w₁, w₂ and w₃.
+    """
+
+    grads: TensorList
+    grads_ahead: TensorList
+    adversarial_grads: TensorList
+    adversarial_grads_ahead: TensorList
+    weights: tuple[float, float, float, float]
+
+    @property
+    def lists(self) -> dict[str, TensorList]:
+        """Its lists by name, in the order in which operators take them."""
+        return {
+            "grads": self.grads,
+            "grads_ahead": self.grads_ahead,
+            "adversarial_grads": self.adversarial_grads,
+            "adversarial_grads_ahead": self.adversarial_grads_ahead,
+        }
 
 
 @dataclass(frozen=True)

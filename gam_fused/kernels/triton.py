@@ -24,7 +24,7 @@ from gam_fused.kernels.interface import FusingBackend, accumulation_dtype, as_sc
 from gam_fused.kernels.layouts import copy_back, dense_copies
 from gam_fused.kernels.pointer_tables import ALIGNMENT, DeviceTables
 from gam_fused.kernels.rounding import launch_key
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule, TensorList
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule, TensorList
 
 _Lists = Mapping[str, TensorList]
 
@@ -137,6 +137,41 @@ class TritonBackend(FusingBackend):
         norm = _scalar("adversarial_norm", adversarial_norm, params)
         numbers = [_bits(number, params) for number in (rho, alpha, xi)]
         self._launch("combine_kernel", operands, (norm, *numbers), {"A": _accumulation(params)})
+
+    @torch.no_grad()
+    def projection(self, gradients: FourGradients) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Backend.projection`. Adds up as :meth:`l2_norm` does."""
+        lists = gradients.lists
+        if not any(lists.values()):
+            return (self.l2_norm([]),) * 3
+        operators.validate("projection", lists)
+        dense = list({**lists, **dense_copies(lists)}.values())
+        first = dense[0][0]
+        device, wide = first.device, accumulation_dtype(first.dtype)
+        kernels, A = _kernels(), language_dtype(wide)
+        with on_device(device):
+            plan = self._tables.plan([tensor.numel() for tensor in dense[0]], _chunk(device), device)
+            addresses = self._tables.addresses(dense, device)
+            partials = torch.empty((3, max(plan.chunks, 1)), dtype=wide, device=device)
+            results = torch.empty(3, dtype=wide, device=device)
+            if plan.chunks:
+                weights = [_bits(weight, dense[0]) for weight in gradients.weights]
+                launch = kernels.sum_mixed_kernel[(plan.chunks,)]
+                geometry = _geometry(first, len(dense))
+                launch(addresses, *plan, partials, *weights, T=language_dtype(first.dtype), A=A, **geometry)
+            kernels.finish_projection_kernel[(1,)](partials, results, plan.chunks, A=A, **_FEW_NUMBERS)
+        return results[0], results[1], results[2]
+
+    @torch.no_grad()
+    def decompose_(self, gradients: FourGradients, projection: Tensor, plus_norm: Tensor, xi: float) -> None:
+        """See :meth:`Backend.decompose_`."""
+        lists, grads = gradients.lists, gradients.grads
+        if not any(lists.values()):
+            return
+        operands = _Operands("decompose_", lists)
+        norms = _scalar("projection", projection, grads), _scalar("plus_norm", plus_norm, grads)
+        numbers = [_bits(number, grads) for number in (*gradients.weights, xi)]
+        self._launch("decompose_kernel", operands, (*norms, *numbers), {"A": _accumulation(grads)})
 
     @torch.no_grad()
     def sgd_step_(

@@ -167,6 +167,28 @@ def combined(grad, hvp, scale):
     return grad + scale * hvp
 
 
+# ---------------------------------------------------------------- decompose (the paper's Algorithm 2)
+
+
+@triton.jit
+def mixed(first, second, first_weight, second_weight):
+    """h⁺ = w1 g1 + w3 g3, of the gradients ahead; h⁻ = w0 g0 + w2 g2, of those where the steps ahead begin."""
+    return first_weight * first + second_weight * second
+
+
+@triton.jit
+def parallel_scale(projection, plus_norm, xi):
+    """⟨h⁻, h⁺⟩ / (‖h⁺‖ + ξ)², out of ⟨h⁻, h⁺⟩ / ‖h⁺‖: how much of h⁺ there is in h⁻."""
+    norm = plus_norm + xi
+    return divide(projection, norm) * divide(plus_norm, norm)
+
+
+@triton.jit
+def perpendicular(minus, plus, scale):
+    """h⊥ = h⁻ − scale · h⁺."""
+    return minus - scale * plus
+
+
 # ---------------------------------------------------------------- SGD (torch.optim.SGD)
 
 

@@ -13,6 +13,7 @@ SGD = {"optimizer": "sgd"}
 ADAMW = {"optimizer": "adamw"}
 SAM = {"optimizer": "sam"}
 GAM = {"optimizer": "gam"}
+ACCELERATED = {"optimizer": "accelerated-gam"}
 KNOBS = [
     (SGD, {"lr": 0.05}),
     (SGD, {"lr_warmup": 1.0}),
@@ -35,6 +36,14 @@ KNOBS = [
     (GAM, {"hvp": "finite_difference"}),
     (GAM, {"interval": 2}),
     (GAM, {"base": "adamw"}),
+    (GAM, {"optimizer": "accelerated-gam", "rho": 0.05, "alpha": 0.1}),
+    (ACCELERATED, {"rho": 0.4}),
+    (ACCELERATED, {"rho_prime": 0.2}),
+    (ACCELERATED, {"alpha": 0.1}),
+    (ACCELERATED, {"beta": 0.1}),
+    (ACCELERATED, {"gamma": 0.3}),
+    (ACCELERATED, {"form": "released_code"}),
+    (ACCELERATED, {"interval": 2}),
 ]
 
 

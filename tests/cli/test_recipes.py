@@ -29,6 +29,11 @@ def test_defaults_of_gam() -> None:
         ({"model": "vit", "optimizer": "sgd"}, {"base": "sgd", "momentum": 0.9, "rho": None, "alpha": None}),
         ({"optimizer": "adamw"}, {"base": "adamw", "momentum": None, "rho": None, "rho_warmup": None}),
         ({"optimizer": "sam"}, {"base": "sgd", "rho": 0.05, "alpha": None, "hvp": None, "interval": None}),
+        ({"optimizer": "gam"}, {"hvp": "exact", "rho_prime": None, "beta": None, "gamma": None, "form": None}),
+        (
+            {"optimizer": "accelerated-gam"},
+            {"rho": 0.2, "rho_prime": 0.02, "alpha": 0.6, "beta": 0.5, "gamma": 0.03, "form": "paper", "hvp": None},
+        ),
         ({"data": "fashion-mnist"}, {"augment": True, "batch_size": 128}),
         ({"data": "digits"}, {"augment": False, "batch_size": 64, "data_dir": None}),
     ],
@@ -46,6 +51,9 @@ def test_defaults_depend_on_the_choice(given: dict[str, Any], expected: dict[str
         ({"optimizer": "sam", "alpha": 0.1}, "--alpha has no effect with --optimizer sam"),
         ({"optimizer": "adamw", "rho_warmup": 1.0}, "--rho-warmup has no effect with --optimizer adamw"),
         ({"optimizer": "sam", "backend": "foreach"}, "--backend has no effect with --optimizer sam"),
+        ({"optimizer": "accelerated-gam", "hvp": "exact"}, "--hvp has no effect with --optimizer accelerated-gam"),
+        ({"optimizer": "gam", "rho_prime": 0.1}, "--rho-prime has no effect with --optimizer gam"),
+        ({"optimizer": "gam", "form": "paper"}, "--form has no effect with --optimizer gam"),
         ({"base": "adamw", "momentum": 0.5}, "--momentum has no effect with the adamw update rule"),
         ({"data": "digits", "data_dir": "x"}, "--data-dir has no effect with --data digits"),
     ],
@@ -63,13 +71,14 @@ def test_option_that_would_be_ignored_is_refused(given: dict[str, Any], message:
         *((name, float("nan")) for name in ("lr", "rho", "alpha", "label_smoothing", "momentum")),
         *((name, float("inf")) for name in ("lr", "rho", "alpha")),
         *((name, value) for name in ("momentum", "label_smoothing") for value in (-0.1, 1.0)),
+        *((name, -0.1) for name in ("rho_prime", "beta", "gamma")),
         ("seed", -1),
         ("seed", 2**32),
     ],
 )
 def test_value_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(CommandError, match=rf"^--{name.replace('_', '-')} {value}: must be "):
-        resolve({name: value})
+        resolve({name: value, **({"optimizer": "accelerated-gam"} if name in ("rho_prime", "beta", "gamma") else {})})
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:77"])

@@ -95,7 +95,7 @@ def test_epoch_record_agrees_with_a_run_by_hand() -> None:
     assert record.lr == schedules.lr_at(7)
 
 
-@pytest.mark.parametrize("optimizer", ["sam", "gam"])
+@pytest.mark.parametrize("optimizer", ["sam", "gam", "accelerated-gam"])
 def test_training_accuracy_and_loss_are_those_at_theta_not_at_the_adversarial_point(optimizer: str) -> None:
     """With a learning rate of 0 nothing moves, so both can be computed afterwards; rho is large enough to matter."""
     options = {"model": "cnn", "optimizer": optimizer, "lr": 0.0, "rho": 20.0, "augment": False, "seed": 3}

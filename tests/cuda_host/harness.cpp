@@ -28,6 +28,7 @@ using gam_fused::Dtype;
 using gam_fused::Penalty;
 using gam_fused::SGDArguments;
 using gam_fused::StepArguments;
+using gam_fused::Weights;
 using namespace gam_fused::cuda;
 
 // Memory that ends where the data ends, for AddressSanitizer to see the first byte beyond.
@@ -195,6 +196,41 @@ Penalty read_penalty(Case& c) {
     combine(c.target, {c.dtype, c.numels}, lists.restored(), read_penalty(c));
 }
 
+struct FourGradients {
+    explicit FourGradients(Case& c)
+        : grads(c.list()), grads_ahead(c.list()), adversarial_grads(c.list()), adversarial_grads_ahead(c.list()) {}
+    Gradients gradients() const { return {grads, grads_ahead, adversarial_grads, adversarial_grads_ahead}; }
+
+    Addresses grads, grads_ahead, adversarial_grads, adversarial_grads_ahead;
+};
+
+Weights<double> read_weights(Case& c) {
+    const double w0 = c.number();
+    const double w1 = c.number();
+    const double w2 = c.number();
+    const double w3 = c.number();
+    return {w0, w1, w2, w3};
+}
+
+[[maybe_unused]] void run_projection(Case& c) {
+    const Elements elements{c.dtype, c.numels};
+    const FourGradients lists(c);
+    const Weights<double> weights = read_weights(c);
+    const std::vector<void*> results = c.scalars(3);
+    const Buffer scratch(0, projection_scratch_bytes(elements));
+    std::memset(scratch.data(), 0xff, scratch.bytes());
+    projection(c.target, elements, lists.gradients(), weights, scratch.data(), {results[0], results[1], results[2]});
+}
+
+[[maybe_unused]] void run_decompose(Case& c) {
+    const FourGradients lists(c);
+    const Weights<double> weights = read_weights(c);
+    const double xi = c.number();
+    const void* const projection = c.scalar();
+    const void* const plus_norm = c.scalar();
+    decompose(c.target, {c.dtype, c.numels}, lists.gradients(), {projection, plus_norm, weights, xi});
+}
+
 struct Step {
     explicit Step(Case& c) : penalty(read_penalty(c)) {
         grad_scale = static_cast<const float*>(c.scalar());
@@ -269,6 +305,9 @@ int main(int count, char** arguments) try {
 #endif
 #ifdef WITH_COMBINE
         {"restore", run_restore},       {"combine", run_combine},
+#endif
+#ifdef WITH_DECOMPOSE
+        {"projection", run_projection}, {"decompose", run_decompose},
 #endif
 #ifdef WITH_SGD
         {"sgd_step", run_sgd_step},

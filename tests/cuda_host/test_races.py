@@ -56,10 +56,20 @@ def takes_norms(kernels: KernelsOnHost) -> None:
     assert norm_of(kernels, tensors).item() == pytest.approx(math.sqrt(8 * CHUNK + 100), rel=1e-7)
 
 
+def decomposes(kernels: KernelsOnHost) -> None:
+    gradients = [random_list(torch.float32, (CHUNK,) * 5 + (100, 3)) for _ in range(4)]
+    results = [torch.full((), -1.0) for _ in range(3)]
+    kernels.call("projection", gradients, numbers=[0.3, 0.7, -0.2, 0.6], scalars=results)
+    kernels.call("decompose", gradients, numbers=[0.3, 0.7, -0.2, 0.6, 0.0], scalars=results[:2])
+    plus, perpendicular = torch.cat(double(gradients[0])), torch.cat(double(gradients[1]))
+    assert abs(float(plus @ perpendicular)) < 1e-6 * float(plus.norm() * perpendicular.norm())
+
+
 def test_no_data_race(threads):
     perturbs(threads)
     rounds_stochastically(threads)
     takes_norms(threads)
+    decomposes(threads)
     lists = [random_list(torch.bfloat16, (9, 4000)) for _ in range(5)]
     run_sgd(threads, Common(), {"momentum": 0.9}, lists[:4], lists[4])
     state = {"exp_avg": lists[4], "exp_avg_sq": [t.square() for t in lists[4]], "step": [torch.zeros(())] * 2}
@@ -77,14 +87,14 @@ def test_more_tensors_than_a_launch_takes_on_a_device(threads, operator, lists, 
 
 BREAKS = {
     "no barrier before the sums of warps are read": (
-        "l2_norm", "cuda/l2_norm.cu", "    __syncthreads();\n    if (warp == 0)", "    if (warp == 0)",
+        "l2_norm", "cuda/scaled_sum.cuh", "    __syncthreads();\n    if (warp == 0)", "    if (warp == 0)",
         THREAD, takes_norms, "data race",
     ),
     "no barrier before the sums of warps are written again": (
-        "l2_norm", "cuda/l2_norm.cu", "__syncthreads();  // before", "// before", THREAD, takes_norms, "data race",
+        "l2_norm", "cuda/scaled_sum.cuh", "__syncthreads();  // before", "// before", THREAD, takes_norms, "data race",
     ),
     "a shuffle that leaves half a warp out": (
-        "l2_norm", "cuda/l2_norm.cu",
+        "l2_norm", "cuda/scaled_sum.cuh",
         "unsigned distance = kWarp / 2; distance > 0; distance /= 2) {\n        const A sum",
         "unsigned distance = kWarp / 4; distance > 0; distance /= 2) {\n        const A sum",
         ADDRESS, takes_norms, "assert",

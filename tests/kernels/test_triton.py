@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from gam_fused import kernels
 from gam_fused.kernels import Backend
 from gam_fused.kernels import triton as back_end
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule
 from gam_fused.kernels.triton import TritonBackend
 from tests.kernels.operators.common import few_examples
 from tests.kernels.tensor_lists import Draw, Spec, assert_same_bits, copies, relaid, seeds, specs
@@ -165,6 +165,11 @@ def combine(backend: Any, on: Operands) -> None:
     backend.combine_(*(on.lists[name] for name in on.NAMES[:4]), on.norm, RHO, ALPHA, XI)
 
 
+def decompose(backend: Any, on: Operands) -> None:
+    gradients = FourGradients(*(on.lists[name] for name in on.NAMES[:4]), weights=(0.3, 0.7, -0.2, 0.6))  # type: ignore[misc]
+    backend.decompose_(gradients, on.norm, on.norm, XI)
+
+
 def sgd(rule: SGDRule, seed: int | None, first_step: bool = False) -> Operator:
     def step(backend: Any, on: Operands) -> None:
         backend.sgd_step_(on.descent(seed), on.lists["first"] if rule.momentum else [], rule, first_step=first_step)
@@ -184,6 +189,7 @@ def elementwise(seed: int | None) -> dict[str, Operator]:
     return {
         "perturb": perturb(seed),
         "combine": combine,
+        "decompose": decompose,
         "sgd": sgd(SGDRule(0.1), seed),
         "momentum": sgd(SGDRule(0.1, 0.9, dampening=0.2, weight_decay=0.1), seed),
         "nesterov": sgd(SGDRule(0.1, 0.9, nesterov=True, maximize=True), seed, first_step=True),

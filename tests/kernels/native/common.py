@@ -15,6 +15,8 @@ needs_native = pytest.mark.skipif(
 )
 ops = torch.ops.gam_fused
 
+FOUR_GRADIENTS = ("grads", "grads_ahead", "adversarial_grads", "adversarial_grads_ahead")
+
 # Written down once more: gam_fused.kernels.operators is held to this.
 LISTS = {
     "l2_norm": ("tensors",),
@@ -22,6 +24,8 @@ LISTS = {
     "perturb_": ("params", "directions"),
     "restore_": ("params", "backups"),
     "combine_": ("params", "backups", "grads", "hvps"),
+    "projection": FOUR_GRADIENTS,
+    "decompose_": FOUR_GRADIENTS,
     "sgd_step_": ("params", "backups", "grads", "hvps", "momentum_buffers"),
     "adamw_step_": ("params", "backups", "grads", "hvps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
@@ -31,12 +35,15 @@ WRITTEN = {
     "perturb_": ("params", "directions"),
     "restore_": ("params",),
     "combine_": ("params", "grads"),
+    "projection": (),
+    "decompose_": ("grads", "grads_ahead"),
     "sgd_step_": ("params", "grads", "momentum_buffers"),
     "adamw_step_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
 }
 over_operators = pytest.mark.parametrize("name", list(LISTS))
 over_mutations = pytest.mark.parametrize("name", [name for name, written in WRITTEN.items() if written])
 
+WEIGHTS = (0.25, 0.75, -0.5, 0.3)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -62,6 +69,10 @@ class Call:
             return [*lists, *self.norms, 0.1, 1e-12], {}
         if self.name == "combine_":
             return [*lists, self.norms[0], 0.1, 0.3, 1e-12], {}
+        if self.name == "projection":
+            return [*lists, *WEIGHTS], {}
+        if self.name == "decompose_":
+            return [*lists, *self.norms, *WEIGHTS, 1e-12], {}
         if self.name == "sgd_step_":
             options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
         else:

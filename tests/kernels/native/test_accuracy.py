@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.native.common import FullCall, needs_native, ops, over_dtypes
+from tests.kernels.native.common import WEIGHTS, FullCall, needs_native, ops, over_dtypes
 from tests.kernels.tensor_lists import assert_same_bits
 
 pytestmark = needs_native
@@ -78,6 +78,36 @@ def test_combine_is_within_2_ulp(data: str) -> None:
     ops.combine_([torch.ones(SIZE)], [h], grads, [h], torch.tensor(NORM), RHO, ALPHA, XI)
     term = ALPHA * RHO / (NORM + XI) * h.double()
     assert_within(grads[0], g.double() + term, g.double().abs() + term.abs(), 2)
+
+
+@over_data
+def test_projection_is_that_of_float64_for_any_data(data: str) -> None:
+    """Of h⁺ and h⁻ as they are in float32: all that is rounded after them are the results."""
+    g0, g1, g2, g3 = gradients = [DATA[data](SIZE) for _ in range(4)]
+    found = ops.projection(*([g] for g in gradients), *WEIGHTS)
+    w0, w1, w2, w3 = WEIGHTS
+    plus, minus = (w1 * g1 + w3 * g3).double(), (w0 * g0 + w2 * g2).double()
+    expected = [minus @ plus / plus.norm(), plus.norm(), minus.norm()]
+    for number, exact in zip(found, expected, strict=True):
+        # Half a unit in the last place, and what 20,003 sums in float64 have lost where they cancel.
+        assert abs(float(number) - float(exact)) <= EPS / 2 * abs(float(exact)) + 1e-13 * float(minus.norm())
+
+
+@over_data
+def test_decompose_is_within_the_roundings_of_its_formula(data: str) -> None:
+    g0, g1, g2, g3 = gradients = [DATA[data](SIZE) for _ in range(4)]
+    lists = [[g.clone()] for g in gradients]
+    ops.decompose_(*lists, torch.tensor(-1.25), torch.tensor(NORM), *WEIGHTS, XI)
+    w0, w1, w2, w3 = WEIGHTS
+    plus = w1 * g1.double() + w3 * g3.double()
+    plus_size = abs(w1) * g1.double().abs() + abs(w3) * g3.double().abs()
+    minus = w0 * g0.double() + w2 * g2.double()
+    minus_size = abs(w0) * g0.double().abs() + abs(w2) * g2.double().abs()
+    scale = -1.25 * NORM / (NORM + XI) ** 2
+    # Weight (0.3 is not exact), product, sum.
+    assert_within(lists[0][0], plus, plus_size, 1.5)
+    # That of h⁺, and ‖h⁺‖ + ξ twice, two quotients, their product, its product with h⁺, the difference: half each.
+    assert_within(lists[1][0], minus - scale * plus, minus_size + abs(scale) * plus_size, 5)
 
 
 @over_data

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gam_fused import kernels
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, SGDRule
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule
 from tests.kernels.native.common import (
     LISTS,
+    WEIGHTS,
     WRITTEN,
     Call,
     needs_native,
@@ -44,6 +45,9 @@ def test_opcheck_with_a_rounding_seed(name: str) -> None:
 def run_through_backend(call: Call) -> None:
     native = kernels.resolve("native")
     args, _ = call.arguments()
+    if call.name == "decompose_":
+        native.decompose_(FourGradients(*call.lists.values(), weights=WEIGHTS), *call.norms, 1e-12)  # type: ignore[misc]
+        return
     if call.name not in ("sgd_step_", "adamw_step_"):
         getattr(native, call.name)(*args)
         return
@@ -145,7 +149,7 @@ def test_fake_tensors_are_refused_where_real_ones_are(name: str, key: str, what:
 
 
 # With two empty lists and no number, restore_ has nothing to tell the device by.
-@pytest.mark.parametrize("name", ["perturb_", "combine_", "sgd_step_", "adamw_step_"])
+@pytest.mark.parametrize("name", ["perturb_", "combine_", "decompose_", "sgd_step_", "adamw_step_"])
 def test_empty_lists_on_the_meta_device_are_fine(name: str) -> None:
     with torch.device("meta"):
         call = fake_call(name)

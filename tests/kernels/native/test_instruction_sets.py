@@ -75,6 +75,12 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             a, b, c, d = lists(dtype, 4, sizes, kind)
             ops.combine_(a, b, c, d, n(1.7), 1.0, scale, 0.01)
             show("combine_", [*a, *c])
+            a, b, c, d = lists(dtype, 4, sizes, kind)
+            alone = [ops.projection([i], [j], [k], [l], 0.3, 0.7, -0.2, scale) for i, j, k, l in zip(a, b, c, d)]
+            sums = ops.projection(a, b, c, d, 0.3, 0.7, -0.2, scale)
+            show("projection", [*itertools.chain(*alone), *sums])
+            ops.decompose_(a, b, c, d, n(-1.3), n(2.5), 0.3, 0.7, -0.2, scale, 0.01)
+            show("decompose_", [*a, *b])
         for rule in RULES["sgd_step_"]:
             for scaled in ({}, {"grad_scale": torch.tensor(3.0), "write_grads": False}, {"rounding_seed": -1}):
                 p, b, g, h, m = lists(dtype, 5, sizes, kind)

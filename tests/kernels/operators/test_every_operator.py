@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gam_fused.kernels import Backend, foreach
+from gam_fused.kernels.rules import FourGradients
 from tests.kernels.operators.common import ALPHA, RHO, XI
 from tests.kernels.tensor_lists import Draw, Spec, assert_same_bits, copies, have_same_bits
+
+LISTS = ("params", "directions", "backups", "grads", "hvps", "grads_ahead")
 
 
 class Operands:
@@ -21,11 +24,23 @@ class Operands:
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         draw = Draw(dtype, device or torch.device("cpu"))
         spec = [Spec((5,), "contiguous"), Spec((2, 3), "transposed"), Spec((0,), "contiguous")]
-        self.params, self.directions, self.backups, self.grads, self.hvps = (draw.normal(spec) for _ in range(5))
+        for name in LISTS:
+            setattr(self, name, draw.normal(spec))
         self.norm = draw.norm(1.5)
 
+    params: list[Tensor]
+    directions: list[Tensor]
+    backups: list[Tensor]
+    grads: list[Tensor]
+    hvps: list[Tensor]
+    grads_ahead: list[Tensor]
+
     def everything(self) -> list[Tensor]:
-        return [*self.params, *self.directions, *self.backups, *self.grads, *self.hvps]
+        return [tensor for name in LISTS for tensor in getattr(self, name)]
+
+    def gradients(self) -> FourGradients:
+        """With lists of other names in the place of those at θ_adv, which are only read."""
+        return FourGradients(self.grads, self.grads_ahead, self.backups, self.hvps, (0.5, 0.75, 0.25, -0.5))
 
     def perturb_(self, backend: Backend) -> list[list[Tensor]]:
         """Run the operator and return the lists it writes."""
@@ -40,23 +55,29 @@ class Operands:
         backend.combine_(self.params, self.backups, self.grads, self.hvps, self.norm, RHO, ALPHA, XI)
         return [self.params, self.grads]
 
+    def decompose_(self, backend: Backend) -> list[list[Tensor]]:
+        backend.decompose_(self.gradients(), self.norm, self.norm, XI)
+        return [self.grads, self.grads_ahead]
+
     def l2_norm(self, backend: Backend) -> list[list[Tensor]]:
         backend.l2_norm(self.params)
         return []
 
+    def projection(self, backend: Backend) -> list[list[Tensor]]:
+        backend.projection(self.gradients())
+        return []
+
 
 Operator = Callable[[Operands, Backend], list[list[Tensor]]]
-writing_operators = pytest.mark.parametrize("operator", [Operands.perturb_, Operands.restore_, Operands.combine_])
-
-all_operators = pytest.mark.parametrize(
-    "operator", [Operands.l2_norm, Operands.perturb_, Operands.restore_, Operands.combine_]
-)
+WRITING = [Operands.perturb_, Operands.restore_, Operands.combine_, Operands.decompose_]
+writing_operators = pytest.mark.parametrize("operator", WRITING)
+all_operators = pytest.mark.parametrize("operator", [Operands.l2_norm, Operands.projection, *WRITING])
 
 
 @writing_operators
 def test_empty_lists_are_fine(backend: Backend, operator: Operator) -> None:
     operands = Operands()
-    for name in ("params", "directions", "backups", "grads", "hvps"):
+    for name in LISTS:
         setattr(operands, name, [])
     operator(operands, backend)
 
@@ -64,7 +85,7 @@ def test_empty_lists_are_fine(backend: Backend, operator: Operator) -> None:
 @all_operators
 def test_lists_may_be_any_sequences(backend: Backend, operator: Operator) -> None:
     lists, tuples = Operands(), Operands()
-    for name in ("params", "directions", "backups", "grads", "hvps"):
+    for name in LISTS:
         setattr(tuples, name, tuple(getattr(tuples, name)))
     operator(lists, backend)
     operator(tuples, backend)
@@ -120,7 +141,7 @@ def test_norms_may_have_another_dtype_than_the_tensors(
 @writing_operators
 def test_parameters_may_be_views_of_one_storage(backend: Backend, dtype: torch.dtype, operator: Operator) -> None:
     apart, together = Operands(dtype), Operands(dtype)
-    for name in ("params", "directions", "backups", "grads", "hvps"):
+    for name in LISTS:
         tensors = getattr(together, name)
         storage = torch.cat([t.flatten() for t in tensors])
         pieces = storage.split([t.numel() for t in tensors])
@@ -138,6 +159,8 @@ def test_parameters_may_be_views_of_one_storage(backend: Backend, dtype: torch.d
         (Operands.combine_, "backups"),
         (Operands.combine_, "grads"),
         (Operands.combine_, "hvps"),
+        (Operands.decompose_, "grads_ahead"),
+        (Operands.projection, "grads_ahead"),
     ],
 )
 def test_a_malformed_list_is_refused_by_name_before_anything_is_written(
@@ -146,7 +169,9 @@ def test_a_malformed_list_is_refused_by_name_before_anything_is_written(
     operands = Operands()
     getattr(operands, damaged)[1] = torch.ones(2, 3, dtype=torch.float16)
     before, versions = copies(operands.everything()), [t._version for t in operands.everything()]
-    with pytest.raises(ValueError, match=rf"^{damaged}\[1\]: dtype torch.float16, expected torch.float32 as params"):
+    with pytest.raises(
+        ValueError, match=rf"^{damaged}\[1\]: dtype torch.float16, expected torch.float32 as (params|grads)"
+    ):
         operator(operands, backend)
     assert_same_bits(operands.everything(), before)
     assert [t._version for t in operands.everything()] == versions
@@ -161,6 +186,9 @@ def test_a_malformed_list_is_refused_by_name_before_anything_is_written(
         (Operands.combine_, "params", "hvps"),
         (Operands.combine_, "grads", "hvps"),
         (Operands.combine_, "grads", "backups"),
+        (Operands.decompose_, "grads", "grads_ahead"),
+        (Operands.decompose_, "grads", "backups"),
+        (Operands.decompose_, "grads_ahead", "hvps"),
     ],
 )
 def test_written_memory_that_another_list_holds_is_refused(
