@@ -16,10 +16,11 @@ The gradient of the gradient norm is approximated by a difference of two gradien
 
 Norms and the product are global: over every trainable parameter of every group, each with its own α and β.
 
-Of these formulas, the approximation, the points, ρ and ρ′, and that h⁺, h⁻ and h⊥ are built and used like this, agree
-with what the authors say of the algorithm and with the code that they released (https://github.com/xxgege/GAM). That
-code differs from the paper's algorithm in h⁻: it computes g0 + |1 − β| g2, and β itself reaches nothing else. Where a
-division is guarded by ξ is ours; with ξ = 1e-12 that makes no difference.
+What is certain of these formulas: the authors' README (https://github.com/xxgege/GAM) states the difference that
+approximates ∇‖∇L‖, and that ρ, ρ′, α, β and γ are all there is to choose. Their code computes the four gradients at
+these points, h⁺, the perpendicular part and the descent, and its options are scales of g0, g1, g2 and g3, set to β, α,
+1 − β and 1 − α. In h⁻ it departs from its own options: it computes g0 + |1 − β| g2 (``form="released_code"``). In h⊥ it
+adds ξ elsewhere than here; with ξ = 1e-12 that is lost in rounding.
 """
 
 from __future__ import annotations
@@ -187,9 +188,8 @@ class AcceleratedGAM(LandingOptimizer):
             passes = closure, transaction.params, transaction.replay
             at_theta = evaluate(*passes, create_graph=False)  # g0 = ∇L(θ)
             if with_flatness:
-                course = self._explore(
-                    transaction, at_theta, partial(evaluate_again, *passes, at_theta)
-                )  # θ_adv = θ + ρ (g1 − g0) / (‖g1 − g0‖ + ξ)
+                run_again = partial(evaluate_again, *passes, at_theta)
+                course = self._explore(transaction, at_theta, run_again)  # g1, g2, g3, by way of θ_adv
                 self._descend(transaction, course)  # θ ← θ − η (h⁺ − γ h⊥)
             else:
                 self._descend_by_gradient(transaction, at_theta)  # θ ← θ − η g0

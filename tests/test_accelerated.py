@@ -265,6 +265,39 @@ def test_the_kinds_of_closures_take_the_same_step(backend: str) -> None:
     assert relative_error(results[2], results[0]) < 1e-12
 
 
+def test_a_closure_that_starts_to_call_backward_in_a_later_pass_is_refused() -> None:
+    param = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = AcceleratedGAM([param], lr=0.1)
+    passes: list[None] = []
+
+    def closure() -> Tensor:
+        passes.append(None)
+        loss = param.square().sum()
+        if len(passes) == 2:
+            loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"backward\(\) in a later pass of a step and not in its first"):
+        optimizer.step(closure)
+    assert param.tolist() == [1.0, 2.0]
+    assert param.grad is None
+
+
+def test_a_closure_that_returns_something_else_in_a_later_pass_is_refused() -> None:
+    param = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = AcceleratedGAM([param], lr=0.1)
+    for wrong, message in ((lambda loss: loss.detach(), "is detached"), (lambda loss: None, "must be the scalar loss")):
+        losses: list[Tensor] = []
+
+        def closure(wrong: Any = wrong, losses: list[Tensor] = losses) -> Any:
+            losses.append(param.square().sum())
+            return wrong(losses[-1]) if len(losses) == 3 else losses[-1]
+
+        with pytest.raises((TypeError, ValueError), match=message):
+            optimizer.step(closure)
+        assert param.tolist() == [1.0, 2.0]
+
+
 def test_checkpoints_move_to_the_plain_base_optimizer_and_back() -> None:
     problem = problems.gelu_network()
     params = problem.leaves()
