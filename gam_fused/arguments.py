@@ -63,7 +63,10 @@ def check_fraction(name: str, value: Any) -> None:
 
 def check_takes_fraction(closure: Callable[..., Any]) -> None:
     """Raise unless ``closure`` can be called with ``batch_fraction``."""
-    parameters = inspect.signature(closure).parameters.values()
+    try:
+        parameters = list(inspect.signature(closure).parameters.values())
+    except (TypeError, ValueError):  # nothing is known of it
+        parameters = []
     if not any(each.name == "batch_fraction" or each.kind is each.VAR_KEYWORD for each in parameters):
         raise TypeError(
             "batch_fraction < 1 needs a closure that can be told to run on a part of its batch, "

@@ -17,27 +17,28 @@ class KeptAscent:
     """u = H(θ) g of an earlier step.
 
     Args:
-        directions: u by parameter, of those that had a gradient in that step; in the order of the param groups.
+        directions: u by parameter, of those that had a gradient in that step.
         uses: in how many steps it has been the ascent direction.
     """
 
-    directions: dict[int, Tensor]
+    directions: dict[Tensor, Tensor]
     uses: int = 1
 
     def used(self) -> KeptAscent:
         """After one more step."""
         return KeptAscent(self.directions, self.uses + 1)
 
-    def of(self, indices: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
-        """Copies, to be written into, for the parameters at ``indices``; zeros where there was no gradient then."""
+    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Copies, to be written into; zeros for a parameter that had no gradient then."""
         return [
-            torch.zeros_like(param) if (kept := self.directions.get(i)) is None else kept.to(param, copy=True)
-            for i, param in zip(indices, params, strict=True)
+            torch.zeros_like(param) if (kept := self.directions.get(param)) is None else kept.to(param, copy=True)
+            for param in params
         ]
 
-    def state(self) -> dict[str, Any]:
-        """For a state dict."""
-        return {"directions": dict(self.directions), "uses": self.uses}
+    def state(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """For a state dict: directions by the places of their parameters among all ``params``."""
+        places = {i: self.directions[param] for i, param in enumerate(params) if param in self.directions}
+        return {"directions": places, "uses": self.uses}
 
 
 _Product = Callable[[Any, Active, list[Tensor]], list[Tensor]]
@@ -53,7 +54,7 @@ class Keeping:
     def __call__(self, at: Any, active: Active, vectors: list[Tensor]) -> list[Tensor]:
         """u, anew."""
         directions = self._product(at, active, vectors)
-        self.kept = KeptAscent({i: u.clone() for i, u in zip(active.indices, directions, strict=True)})
+        self.kept = KeptAscent({param: u.clone() for param, u in zip(active.params, directions, strict=True)})
         return directions
 
 
@@ -65,11 +66,11 @@ class Reusing:
 
     def __call__(self, at: Any, active: Active, vectors: list[Tensor]) -> list[Tensor]:
         """u, as it was."""
-        return self.kept.of(active.indices, active.params)
+        return self.kept.of(active.params)
 
 
 def loaded(state: dict[str, Any] | None, params: Sequence[Tensor]) -> KeptAscent | None:
-    """The opposite of :meth:`KeptAscent.state`, for these parameters.
+    """The opposite of :meth:`KeptAscent.state`, for all of an optimizer's parameters.
 
     Raises:
         ValueError: it is of other parameters.
@@ -80,7 +81,8 @@ def loaded(state: dict[str, Any] | None, params: Sequence[Tensor]) -> KeptAscent
         if i >= len(params) or direction.shape != params[i].shape:
             there = "no such parameter" if i >= len(params) else f"one of shape {tuple(params[i].shape)}"
             raise ValueError(
-                f"the state dict keeps an ascent direction of shape {tuple(direction.shape)} for trainable parameter "
-                f"{i}, and here is {there}; load it into an optimizer of the same parameters."
+                f"the state dict keeps an ascent direction of shape {tuple(direction.shape)} for parameter {i}, "
+                f"and here is {there}; load it into an optimizer of the same parameters."
             )
-    return KeptAscent({i: direction.clone() for i, direction in state["directions"].items()}, int(state["uses"]))
+    directions = {params[i]: direction.clone() for i, direction in state["directions"].items()}
+    return KeptAscent(directions, int(state["uses"]))

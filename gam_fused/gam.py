@@ -371,16 +371,20 @@ class GAM(SwitchingOptimizer):
             self._pending = None
 
     def _further_state(self) -> dict[str, Any]:
-        kept = {} if self.kept_ascent is None else {"kept_ascent": self.kept_ascent.state()}
+        kept = {} if self.kept_ascent is None else {"kept_ascent": self.kept_ascent.state(self._params())}
         return {**super()._further_state(), **kept}
+
+    def _params(self) -> list[Tensor]:
+        """All of them: whether they require gradients may change."""
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _check_further_state(self, own: dict[str, Any]) -> None:
         super()._check_further_state(own)
-        loaded(own.get("kept_ascent"), self._trainable()[0])
+        loaded(own.get("kept_ascent"), self._params())
 
     def _load_further_state(self, own: dict[str, Any]) -> None:
         super()._load_further_state(own)
-        kept = loaded(own.get("kept_ascent"), self._trainable()[0])
+        kept = loaded(own.get("kept_ascent"), self._params())
         self.kept_ascent = kept if self.ascent == "reuse" else None
 
 

@@ -152,9 +152,7 @@ def test_a_direction_of_other_parameters_is_refused_and_changes_nothing() -> Non
     params = [torch.zeros(7, requires_grad=True) for _ in run.params]
     optimizer = GAM(params, lr=LR, ascent="reuse")
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(
-        ValueError, match=r"ascent direction of shape .* for trainable parameter 0, and here is one of sh"
-    ):
+    with pytest.raises(ValueError, match=r"ascent direction of shape .* for parameter 0, and here is one of sh"):
         optimizer.load_state_dict(state)
     assert_same(before, optimizer.state_dict())
 
@@ -211,6 +209,31 @@ def test_a_parameter_that_had_no_gradient_when_the_direction_was_made_stays_wher
     used.append(model[1])
     optimizer.step(closure)
     assert torch.equal(seen[-1], seen[-2])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_direction_stays_with_its_parameter_when_others_are_frozen(resumed: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        seen.append(model[2].weight.detach().clone())
+        return model(x).square().sum()
+
+    optimizer = GAM(model.parameters(), lr=LR, rho=RHO, alpha=ALPHA, ascent="reuse")
+    optimizer.step(closure)
+    assert optimizer.kept_ascent is not None
+    direction = optimizer.kept_ascent.directions[model[2].weight].clone()
+    model[0].requires_grad_(False)
+    if resumed:
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = GAM(model.parameters(), lr=LR, rho=RHO, alpha=ALPHA, ascent="reuse")
+        optimizer.load_state_dict(state)
+    seen.clear()
+    optimizer.step(closure)
+    moved = seen[1] - seen[0]
+    torch.testing.assert_close(moved / moved.norm(), direction / direction.norm(), rtol=0, atol=1e-12)
 
 
 def test_a_copy_of_the_optimizer_has_the_direction() -> None:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import native
+from gam_fused.second_order.graphs import makes_graph, refuse_batch
 from gam_fused.second_order.sizes import is_worthwhile
 from gam_fused.second_order.third_order import differentiable_double_backward
 
@@ -50,7 +51,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (input,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if makes_graph(grad_output):
             return _activation_backward(grad_output, input, ctx.rule), None
         return ctx.rule.backward(grad_output, input), None
 
@@ -95,7 +96,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         (output,) = ctx.saved_tensors
-        return _masked(grad_output, output.detach()) if torch.is_grad_enabled() else _mask(grad_output, output)
+        return _masked(grad_output, output.detach()) if makes_graph(grad_output) else _mask(grad_output, output)
 
 
 class _Masked(torch.autograd.Function):
@@ -166,7 +167,14 @@ _GELU = {
         native.gelu_tanh_double_backward,
     ),
 }
-_SILU = _Rule(F.silu, torch.ops.aten.silu_backward.default, _bend_silu_, native.silu_double_backward)
+
+
+def _silu_backward(grad_output: Tensor, input: Tensor) -> Tensor:
+    refuse_batch(grad_output, "silu")  # PyTorch's kernel has no derivative
+    return torch.ops.aten.silu_backward.default(grad_output, input)
+
+
+_SILU = _Rule(F.silu, _silu_backward, _bend_silu_, native.silu_double_backward)
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from gam_fused.second_order import autocast
 from gam_fused.second_order.attention_blocks import Options, backward, double_backward, forward, whole_mask
+from gam_fused.second_order.graphs import refuse_batch
 from gam_fused.second_order.third_order import differentiable_double_backward
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -63,6 +64,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, keep, *results = ctx.saved_tensors
+        refuse_batch(grad_output, "scaled_dot_product_attention")
         results = tuple(result.detach() for result in results)
         function = _attention_backward if torch.is_grad_enabled() else _first_backward
         return *function(grad_output, query, key, value, mask, keep, ctx.options, results), None, None, None

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import autocast
+from gam_fused.second_order.graphs import makes_graph
 
 _Options = tuple[list[int], list[int], list[int], bool, list[int], int]
 """stride, padding, dilation, transposed, output_padding, groups"""
@@ -45,7 +46,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if makes_graph(grad_output):
             grads = _convolution_backward(grad_output, input, weight, ctx.bias_sizes, mask, ctx.options)
         else:
             grads = _backward(grad_output, input, weight, ctx.bias_sizes, *ctx.options, mask)

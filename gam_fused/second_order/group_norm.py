@@ -16,6 +16,7 @@ from gam_fused.second_order import formulas
 from gam_fused.second_order.batch_norm import batch_norm
 from gam_fused.second_order.eligibility import is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
+from gam_fused.second_order.graphs import refuse_batch
 from gam_fused.second_order.native import memory_format
 from gam_fused.second_order.normalization import Needs, Operands, Saved, normalize
 
@@ -83,6 +84,7 @@ class GroupNorm:
         needs: Needs,
     ) -> Results:
         """PyTorch's, which wants both tensors laid out alike."""
+        refuse_batch(grad_output, "group_norm")
         if weight is not None:
             weight = weight.contiguous()
         return torch.ops.aten.native_group_norm_backward(

@@ -13,6 +13,7 @@ PyTorch records a transposition, a product and a view for each of them, and adds
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import autocast
+from gam_fused.second_order.graphs import makes_graph
 from gam_fused.second_order.sizes import is_worthwhile
 
 
@@ -34,7 +36,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        gradients = _linear_backward if torch.is_grad_enabled() else _gradients
+        gradients = _linear_backward if makes_graph(grad_output) else _gradients
         return gradients(grad_output, rows, weight, ctx.needs_input_grad)
 
 
@@ -90,7 +92,11 @@ def _of_grad_output(
     """v_x Wᵀ + x v_Wᵀ + v_b."""
     if v_weight is not None:
         result = F.linear(rows, v_weight, v_bias)
-        return result if v_rows is None else result.addmm_(v_rows, weight.t())
+        if v_rows is None:
+            return result
+        # Where autocast is on around this derivative, it casts for all products but those in place.
+        add = result.addmm_ if result.dtype == v_rows.dtype == weight.dtype else partial(torch.addmm, result)
+        return add(v_rows, weight.t())
     if v_rows is not None:
         return F.linear(v_rows, weight, v_bias)
     return None if v_bias is None else v_bias.expand_as(grad_output)
@@ -104,13 +110,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         input: (..., in).
         weight: (out, in); one of a single dimension is left to PyTorch.
-        bias: (out,).
+        bias: (out,); others that PyTorch broadcasts are left to it.
     """
-    if input.dim() < 2 or weight.dim() != 2 or not is_worthwhile(input):
+    has_shapes = input.dim() >= 2 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
+    if not has_shapes or not is_worthwhile(input):
         return F.linear(input, weight, bias)
     # Rows once and for all: each product would make its own copy of an input with gaps.
     rows = _linear(*autocast.to_lower_precision("linear", input.flatten(0, -2), weight, bias))
-    return rows.view(*input.shape[:-1], rows.shape[-1])
+    return rows if input.dim() == 2 else rows.view(*input.shape[:-1], rows.shape[-1])
 
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: linear}

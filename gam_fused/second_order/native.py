@@ -157,6 +157,9 @@ def _call(
 
 
 def _fake_of_elements(grad_output: Tensor, input: Tensor, double_grad: Tensor, *settings: bool) -> tuple[Tensor, ...]:
+    for each in (grad_output, double_grad):
+        is_like_input = (each.shape, each.dtype, each.device) == (input.shape, input.dtype, input.device)
+        torch._check(is_like_input, lambda: "dtype, device or shape differs from that of input")
     return tuple(torch.empty_like(input) if needed else input.new_empty(0) for needed in settings[-2:])
 
 

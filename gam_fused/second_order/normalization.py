@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gam_fused.second_order import formulas, native, triton
 from gam_fused.second_order.formulas import Results
+from gam_fused.second_order.graphs import makes_graph
 
 Saved = Sequence[Tensor | None]
 Needs = tuple[bool, bool, bool]
@@ -94,7 +95,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         input, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
-        if torch.is_grad_enabled():
+        if makes_graph(grad_output):
             arguments = ctx.layer, needs, grad_output, input, weight, *saved
             grads = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gam_fused.second_order import formulas
 from gam_fused.second_order.eligibility import has_normalized_shape, is_cast_by_autocast, is_differentiated
 from gam_fused.second_order.formulas import Results
+from gam_fused.second_order.graphs import refuse_batch
 from gam_fused.second_order.normalization import Needs, Operands, Saved, normalize
 
 
@@ -64,6 +65,7 @@ class RMSNorm:
         needs: Needs,
     ) -> Results:
         """PyTorch's kernel where it has one; it has none for the CPU, and composes the backward of plain operators."""
+        refuse_batch(grad_output, "rms_norm")
         (invstd,) = saved
         assert invstd is not None
         if input.device.type == "cuda":

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gam_fused.second_order import autocast
+from gam_fused.second_order.graphs import makes_graph, refuse_batch
 from gam_fused.second_order.sizes import is_worthwhile
 from gam_fused.second_order.third_order import differentiable_double_backward
 
@@ -42,7 +43,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (output,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if makes_graph(grad_output):
             return _softmax_backward(grad_output, output, ctx.dim), None
         return torch._softmax_backward_data(grad_output, output, ctx.dim, output.dtype), None
 
@@ -76,7 +77,7 @@ class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (output,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if makes_graph(grad_output):
             return _log_softmax_backward(grad_output, output, ctx.dim), None
         return torch._log_softmax_backward_data(grad_output, output, ctx.dim, output.dtype), None
 
@@ -140,6 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, of_logarithms: Tensor | None) -> tuple[Tensor | None, ...]:
         result = of_logarithms
         if grad_output is not None:
+            refuse_batch(grad_output, "cross_entropy")
             function = _cross_entropy_backward if torch.is_grad_enabled() else _gradient
             logarithms, target, weight = ctx.saved_tensors
             grad = function(grad_output, logarithms, target, weight, ctx.options)

@@ -106,3 +106,26 @@ def test_small_layers_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sizes, "WORTHWHILE", 12)
     assert not is_ours(linear.linear(draw(2, 5), draw(5, 5)))
     assert is_ours(linear.linear(draw(3, 4), draw(5, 4)))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (1,), ()], ids=str)
+def test_a_bias_that_is_broadcast_is_pytorchs(shape: tuple[int, ...]) -> None:
+    assert_like_pytorch(linear.linear, F.linear, [draw(3, 4), draw(5, 4), draw(*shape)])
+
+
+def test_autocast_around_the_derivatives_alone_is_pytorchs() -> None:
+    found = []
+    for function in (linear.linear, F.linear):
+        torch.manual_seed(0)
+        tensors = [draw(6, 4, dtype=torch.float32), draw(5, 4, dtype=torch.float32), draw(5, dtype=torch.float32)]
+        output = function(*tensors).sin()
+        with torch.autocast("cpu", torch.bfloat16):
+            grads = torch.autograd.grad(output.sum(), tensors, create_graph=True)
+            found.append(torch.autograd.grad(torch.stack([each.square().sum() for each in grads]).sum(), tensors))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-2 * theirs.abs().max().item())
+
+
+def test_a_result_can_be_detached_in_place() -> None:
+    assert not linear.linear(draw(3, 4), draw(5, 4)).detach_().requires_grad
