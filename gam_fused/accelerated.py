@@ -38,6 +38,7 @@ from torch.optim import Optimizer
 from gam_fused import arguments
 from gam_fused.closures import Closure, Evaluation, evaluate, evaluate_again
 from gam_fused.kernels.grouping import buckets, global_norm, global_projection, take
+from gam_fused.kernels.interface import accumulation_dtype
 from gam_fused.kernels.rules import FourGradients
 from gam_fused.landing import Active, Landing, LandingOptimizer
 from gam_fused.transaction import Transaction
@@ -229,7 +230,7 @@ class AcceleratedGAM(LandingOptimizer):
     def _descend(self, transaction: Transaction, course: _Course) -> None:
         """Restore θ and let the base optimizer step along h⁺ − γ h⊥."""
         active = course.active
-        plus_norm, perpendicular_norm = self._decompose(active, course.gradients)
+        plus_norm, perpendicular_norm, quotients = self._decompose(active, course.gradients)
         plus, perpendicular, *_ = course.gradients
         self.metrics.update(
             loss=course.losses[0],
@@ -242,7 +243,7 @@ class AcceleratedGAM(LandingOptimizer):
         # The launch that lands adds α ρ / (norm + ξ) times its fourth list to the third.
         penalties = [(1.0, -gamma, 0.0) for gamma in active.values("gamma")]
         landing = Landing(active, penalties, course.backups, plus, perpendicular, torch.ones_like(plus_norm))
-        self._land(transaction, landing, [*course.losses, *norms], plus_norm, perpendicular_norm)
+        self._land(transaction, landing, [*course.losses, *norms, *quotients], plus_norm, perpendicular_norm)
 
     def _weights(self, alpha: float, beta: float) -> tuple[float, float, float, float]:
         """Of g0, g1, g2 and g3, in h⁺ = α g1 + (1 − α) g3 and h⁻ = β g0 + (1 − β) g2 or g0 + |1 − β| g2."""
@@ -250,8 +251,11 @@ class AcceleratedGAM(LandingOptimizer):
             return beta, alpha, 1 - beta, 1 - alpha
         return 1.0, alpha, abs(1 - beta), 1 - alpha
 
-    def _decompose(self, active: Active, gradients: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Leave h⁺ in the memory of g0 and h⊥ in that of g1. Returns ‖h⁺‖, and what ‖h⊥‖ is at most."""
+    def _decompose(self, active: Active, gradients: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Leave h⁺ in the memory of g0 and h⊥ in that of g1.
+
+        Returns ‖h⁺‖, what ‖h⊥‖ is at most, and what launches multiply h⁺ by: not a number where h⁺ and ξ are 0.
+        """
         g0, g1, g2, g3 = gradients
         alphas, betas = active.values("alpha"), active.values("beta")
         weights = [self._weights(alpha, beta) for alpha, beta in zip(alphas, betas, strict=True)]
@@ -263,7 +267,11 @@ class AcceleratedGAM(LandingOptimizer):
         projection, plus_norm, minus_norm = global_projection(self._kernels, parts)
         for part, (_, _, _, xi) in zip(parts, grouped, strict=True):
             self._kernels.decompose_(part, projection, plus_norm, xi)
-        return plus_norm, minus_norm + projection.abs()
+        quotients = []
+        for _, dtype, _, xi in grouped:
+            wide = accumulation_dtype(dtype)  # in which a launch divides, and a small ξ may be 0
+            quotients.append(projection.to(wide) / (plus_norm.to(wide) + xi))
+        return plus_norm, minus_norm + projection.abs(), quotients
 
 
 @dataclass

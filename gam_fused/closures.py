@@ -35,13 +35,13 @@ _RUNNING_STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {
 class Evaluation:
     """What one run of the closure gave: the loss it returned, detached, and the gradient of what it differentiated.
 
-    ``backward_called``: whether the closure differentiated it itself.
+    ``fills_grads``: whether the closure differentiated it itself, or wrote into ``.grad`` in another way.
     """
 
-    def __init__(self, loss: Tensor, gradients: Gradients, *, backward_called: bool = False) -> None:
+    def __init__(self, loss: Tensor, gradients: Gradients, *, fills_grads: bool = False) -> None:
         self.loss = loss
         self.gradients = gradients
-        self.backward_called = backward_called
+        self.fills_grads = fills_grads
 
 
 def evaluate(
@@ -75,13 +75,14 @@ def evaluate(
         loss = closure()
     replay.end_pass()
     check_loss(loss, needs_graph=not interception.backward_called)
+    fills_grads = interception.backward_called or any(param.grad is not None for param in params)
     if interception.backward_called:
         interception.warn()
         for param in params:
             param.grad = None  # was for the closure to see; the double backward can use the memory
     else:
         gradients.add([loss], [None])
-    return Evaluation(_scalar(loss), gradients, backward_called=interception.backward_called)
+    return Evaluation(_scalar(loss), gradients, fills_grads=fills_grads)
 
 
 def evaluate_again(closure: Closure, params: Sequence[Tensor], replay: Replay, first: Evaluation) -> Evaluation:
@@ -91,9 +92,9 @@ def evaluate_again(closure: Closure, params: Sequence[Tensor], replay: Replay, f
     calls into PyTorch.
 
     Raises:
-        RuntimeError: the closure did not call ``backward()`` in its first run, and does now.
+        RuntimeError: the closure left ``.grad`` alone in its first run, and does not now.
     """
-    if first.backward_called:
+    if first.fills_grads:
         return evaluate(closure, params, replay, create_graph=False)
     replay.begin_pass()
     for param in params:
@@ -103,8 +104,8 @@ def evaluate_again(closure: Closure, params: Sequence[Tensor], replay: Replay, f
     check_loss(loss, needs_graph=False)
     if any(param.grad is not None for param in params):
         raise RuntimeError(
-            "the closure called backward() in a later pass of a step and not in its first; it has to do the same each "
-            "time that it is run within a step."
+            "the closure called backward() in a later pass of a step and not in its first, or wrote into .grad; it has "
+            "to do the same each time that it is run within a step."
         )
     check_loss(loss, needs_graph=True)
     gradients = Gradients(params, create_graph=False, is_known=True)

@@ -265,6 +265,35 @@ def test_the_kinds_of_closures_take_the_same_step(backend: str) -> None:
     assert relative_error(results[2], results[0]) < 1e-12
 
 
+@over_backends
+@pytest.mark.parametrize("xi", [0.0, 1e-46], ids=str)
+def test_a_gradient_of_zero_over_a_xi_of_zero_is_skipped(xi: float, backend: str) -> None:
+    """0/0 otherwise, and 1e-46 is 0 in the float32 that the launch divides in."""
+    param = torch.zeros(5, requires_grad=True)
+    optimizer = AcceleratedGAM([param], lr=0.1, backend=backend, xi=xi)
+    optimizer.step(lambda: param.square().sum())
+    assert not param.detach().any()
+    assert int(optimizer.metrics["skipped_steps"]) == 1
+
+
+def test_a_closure_that_writes_into_grad_without_backward_takes_the_same_step() -> None:
+    start = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    stepped = []
+    for writes in (False, True):
+        param = start.clone().requires_grad_()
+        optimizer = AcceleratedGAM([param], lr=0.1)
+
+        def closure(param: Tensor = param, writes: bool = writes) -> Tensor:
+            loss = (param**3).sum()
+            if writes:
+                param.grad = torch.zeros_like(param)
+            return loss
+
+        optimizer.step(closure)
+        stepped.append(param.detach())
+    assert torch.equal(*stepped)
+
+
 def test_a_closure_that_starts_to_call_backward_in_a_later_pass_is_refused() -> None:
     param = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = AcceleratedGAM([param], lr=0.1)
