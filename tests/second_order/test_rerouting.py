@@ -388,6 +388,10 @@ def test_autocast_around_everything_differentiates_twice() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.05 * theirs.abs().max().item())
 
 
+# Where PyTorch has no operator that would record a graph of several backward passes at once.
+REFUSING = ("silu", "crossentropy", "scaleddotproductattention")
+
+
 @over_calls
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -396,6 +400,10 @@ def test_gradients_may_be_batched(name: str, create_graph: bool) -> None:
         output = CALLS[name]()
     leaves = leaves_of(output)
     directions = torch.randn(3, *output.shape, dtype=torch.float64)
+    if create_graph and any(layer in name.lower().replace("_", "") for layer in REFUSING):
+        with pytest.raises(RuntimeError, match="cannot be batched and differentiated again"):
+            grad(output, leaves, directions, is_grads_batched=True, retain_graph=True, create_graph=True)
+        return
     together = grad(output, leaves, directions, is_grads_batched=True, retain_graph=True, create_graph=create_graph)
     for i, direction in enumerate(directions):
         apart = grad(output, leaves, direction, retain_graph=True)
