@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions whose double backward is at most four native calls.
+"""Convolutions and transposed convolutions whose double backward is at most three native calls.
 
 A convolution y = conv(x, w) + b is linear in x and in w, and so are its gradients
 
@@ -10,8 +10,9 @@ Given gradients v_x, v_w, v_b of these three, the double backward therefore is
     of x:    convᵀ(g_y, v_w),  the input gradient of a convolution with the weight v_w
     of w:    corr(v_x, g_y),   the weight gradient of a convolution of the input v_x
 
-each of which ``aten::convolution`` and ``aten::convolution_backward`` compute. PyTorch's own formula takes the last one
-as a convolution with batch and channels exchanged, for which its back ends are not made, and loops over groups.
+of which ``aten::convolution`` computes the products of the first line, and one ``aten::convolution_backward`` of v_x
+and v_w the other two. PyTorch's own formula takes the last one as a convolution with batch and channels exchanged, for
+which its back ends are not made, and loops over groups.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ class _ConvolutionBackward(torch.autograd.Function):
         of_grad_output = of_input = of_weight = None
         if needs_grad_output:
             of_grad_output = _of_grad_output(grad_output, input, weight, v_input, v_weight, v_bias, options)
-        if needs_input and v_weight is not None:
-            of_input = _backward(grad_output, input, v_weight, None, *options, (True, False, False))[0]
-        if needs_weight and v_input is not None:
-            of_weight = _backward(grad_output, v_input, weight, None, *options, (False, True, False))[1]
+        of_both = needs_input and v_weight is not None, needs_weight and v_input is not None, False
+        if any(of_both):
+            # The input gradient looks at no value of the input, nor the weight gradient at one of the weight.
+            point = input if v_input is None else v_input, weight if v_weight is None else v_weight
+            of_input, of_weight, _ = _backward(grad_output, *point, None, *options, of_both)
         return of_grad_output, of_input, of_weight, None, None, None
 
 
