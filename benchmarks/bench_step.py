@@ -38,6 +38,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.bench_kernels import names_out_of
+from benchmarks.packages import NotInstalled, first_line
 from benchmarks.step_contenders import (
     ALPHA,
     CONTENDERS,
@@ -54,7 +55,7 @@ from benchmarks.step_contenders import (
     start,
 )
 from benchmarks.step_costs import count_operators, step_memory
-from benchmarks.step_models import MODELS, NotInstalled, Problem, first_line, problem
+from benchmarks.step_models import MODELS, Problem, problem
 from benchmarks.tables import aligned, grouped, number, write_csv
 from benchmarks.timing import HostTimer, Timer, Timing, measure, timer_for
 from gam_fused import keep_freed_memory

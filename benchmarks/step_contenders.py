@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD
 
-from benchmarks.step_models import NotInstalled, Problem, imported
+from benchmarks.packages import NotInstalled, imported
+from benchmarks.step_models import Problem
 from gam_fused import GAM, AcceleratedGAM
 from gam_fused.closures import evaluate
 from gam_fused.replay import Replay

@@ -7,44 +7,18 @@ noise: what a step costs does not depend on it.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.packages import imported
 from gam_fused.cli.models import ResidualBlock, SpatialMean
 
 CLASSES = 10
 VOCABULARY = 256
-
-
-class NotInstalled(Exception):
-    """Something that a model or a contender is made of is not there; the message says what to do."""
-
-
-def imported(module: str, package: str) -> ModuleType:
-    """The module, out of a package that not everyone has.
-
-    Raises:
-        NotInstalled: it cannot be imported, because it is missing or because its own imports fail.
-    """
-    root = module.partition(".")[0]
-    try:
-        importlib.import_module(root)
-        return importlib.import_module(module)
-    except Exception as error:  # whatever the modules of others do when they are imported
-        if isinstance(error, ModuleNotFoundError) and error.name == root:
-            raise NotInstalled(f"{package} is not installed; pip install {package}") from error
-        raise NotInstalled(f"{package} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of its message."""
-    return (str(error).splitlines() or [""])[0]
 
 
 @dataclass(frozen=True)

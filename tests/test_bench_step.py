@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import bench_step
+from benchmarks.packages import NotInstalled, imported
 from benchmarks.step_contenders import (
     ALPHA,
     CONTENDERS,
@@ -34,7 +35,7 @@ from benchmarks.step_contenders import (
     start,
 )
 from benchmarks.step_costs import count_operators, step_memory
-from benchmarks.step_models import MODELS, NotInstalled, Problem, imported, problem
+from benchmarks.step_models import MODELS, Problem, problem
 from benchmarks.timing import Sample, Timing
 from gam_fused import GAM
 from tests import literal

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.packages import imported
 from gam_fused import GAM
 from gam_fused.closures import evaluate
 from gam_fused.replay import Replay
 from tests import literal
-from tests.architectures.packages import imported
 from tests.literal import assert_equal_to_rounding
 from tests.second_order.layers_common import every_size_worthwhile
 
@@ -47,7 +47,7 @@ class Tokens(Problem):
 
 def convnext() -> Problem:
     """Four stages of depthwise convolutions, layer norms and GELU, with stochastic depth."""
-    model = imported("timm.models.convnext").ConvNeXt(
+    model = imported("timm.models.convnext", "timm").ConvNeXt(
         num_classes=CLASSES, depths=(1, 1, 2, 1), dims=(6, 8, 8, 10), ls_init_value=0.5, drop_path_rate=0.2
     )
     return Problem(model, torch.randn(3, 3, 32, 32), torch.randint(CLASSES, (3,)))
@@ -55,7 +55,7 @@ def convnext() -> Problem:
 
 def vit() -> Problem:
     """Patches of 4 × 4, two blocks of attention and GELU, with dropout in every place that has one."""
-    model = imported("timm.models.vision_transformer").VisionTransformer(
+    model = imported("timm.models.vision_transformer", "timm").VisionTransformer(
         img_size=16, patch_size=4, num_classes=CLASSES, embed_dim=8, depth=2, num_heads=2,
         drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def vit() -> Problem:
 
 def gpt2() -> Problem:
     """Two blocks of causal attention and GELU by tanh, written out, with dropout; embedding and read-out are tied."""
-    transformers = imported("transformers")
+    transformers = imported("transformers", "transformers")
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_positions=7, n_embd=8, n_layer=2, n_head=2, use_cache=False, bos_token_id=0,
         eos_token_id=0,
