@@ -38,6 +38,19 @@ void perturb_(const TensorList& params, const TensorList& directions, const Tens
     }
 }
 
+// launch(operands, norm, rho, xi, rounding seed)
+template <auto launch>
+void shift_(const TensorList& params, const TensorList& origins, const TensorList& ends, const TensorList& starts,
+            const Tensor& norm, double rho, double xi, const OptionalSeed& rounding_seed) {
+    const Operands operands({{"params", params, true},
+                             {"origins", origins, false, /*is_optional=*/true},
+                             {"ends", ends},
+                             {"starts", starts, false, /*is_optional=*/true}});
+    if (!operands.is_empty()) {
+        launch(operands, operands.scalar("norm", norm), rho, xi, unsigned_seed(rounding_seed));
+    }
+}
+
 // launch(operands)
 template <auto launch>
 void restore_(const TensorList& params, const TensorList& backups) {

@@ -76,17 +76,24 @@ Tensor new_scalar(Dtype dtype, double value) {
     return result;
 }
 
-// Of one list, whose tensors have these numbers of elements.
-double norm_of(const Operands& operands, size_t list, const std::vector<int64_t>& numels) {
-    const ChunkKernels& kernels = chunk_kernels();
+// Of tensors with these numbers of elements: the root of all sum_of_squares(chunk, its size).
+template <typename Function>
+double norm_of(const std::vector<int64_t>& numels, const Function& sum_of_squares) {
     const ChunkPlan plan(numels, kChunk);
     std::vector<double> partials(static_cast<size_t>(plan.size()));
     for_each_chunk(numels, plan, kChunk, [&](int64_t number, const Chunk& chunk) {
-        partials[static_cast<size_t>(number)] =
-            kernels.sum_of_squares(operands.dtype, at(operands, list, chunk), chunk.end - chunk.begin);
+        partials[static_cast<size_t>(number)] = sum_of_squares(chunk, chunk.end - chunk.begin);
     });
     // In the order of chunks, whichever thread made them.
     return std::sqrt(std::accumulate(partials.begin(), partials.end(), 0.0));
+}
+
+// Of one list, whose tensors have these numbers of elements.
+double norm_of(const Operands& operands, size_t list, const std::vector<int64_t>& numels) {
+    const ChunkKernels& kernels = chunk_kernels();
+    return norm_of(numels, [&](const Chunk& chunk, int64_t size) {
+        return kernels.sum_of_squares(operands.dtype, at(operands, list, chunk), size);
+    });
 }
 
 Tensor l2_norm(const TensorList& tensors) {
@@ -101,7 +108,16 @@ std::tuple<Tensor, Tensor> l2_norm_pair(const TensorList& first, const TensorLis
             new_scalar(operands.dtype, norm_of(operands, 1, {middle, operands.numels.end()}))};
 }
 
-// ---------------------------------------------------------------- perturb, restore, combine
+Tensor difference_norm(const TensorList& ends, const TensorList& starts) {
+    const Operands operands({{"ends", ends}, {"starts", starts}});
+    const ChunkKernels& kernels = chunk_kernels();
+    return new_scalar(operands.dtype, norm_of(operands.numels, [&](const Chunk& chunk, int64_t size) {
+                          return kernels.sum_of_squared_differences(operands.dtype, at(operands, 0, chunk),
+                                                                    at(operands, 1, chunk), size);
+                      }));
+}
+
+// ---------------------------------------------------------------- perturb, shift, restore, combine
 
 void launch_perturb(const Operands& operands, const void* direction_norm, const void* grad_norm, double rho, double xi,
                     const std::optional<uint64_t>& rounding_seed) {
@@ -115,6 +131,27 @@ void launch_perturb(const Operands& operands, const void* direction_norm, const 
     const ChunkKernels& kernels = chunk_kernels();
     for_each_chunk_of(operands, rounding_seed, [&](const Chunk& chunk, int64_t size, const RandomChunk* random) {
         kernels.perturb(operands.dtype, at(operands, 0, chunk), at(operands, 1, chunk), size, scale, is_moving, random);
+    });
+}
+
+void launch_shift(const Operands& operands, const void* norm, double rho, double xi,
+                  const std::optional<uint64_t>& rounding_seed) {
+    const double length = value_at(operands.dtype, norm);
+    const double scale = in_accumulation_type(operands.dtype, [&](auto zero) {
+        using A = decltype(zero);
+        return shift_scale<A>(A(length), A(rho), A(xi));
+    });
+    const bool is_moving = is_finite(length) && is_finite(scale);
+    const size_t from = operands.data[1].empty() ? 0 : 1;
+    const ChunkKernels& kernels = chunk_kernels();
+    for_each_chunk_of(operands, rounding_seed, [&](const Chunk& chunk, int64_t size, const RandomChunk* random) {
+        if (is_moving) {
+            kernels.shift(operands.dtype, at(operands, 0, chunk), at(operands, from, chunk), at(operands, 2, chunk),
+                          at(operands, 3, chunk), size, scale, random);
+        } else if (from != 0) {
+            kernels.copy(at(operands, 0, chunk), at(operands, from, chunk),
+                         size * static_cast<int64_t>(size_of(operands.dtype)), false);
+        }
     });
 }
 
@@ -263,9 +300,9 @@ void launch_adamw_step(const Operands& operands, const std::vector<void*>& state
 
 STABLE_TORCH_LIBRARY(gam_fused, library) {
     using namespace gam_fused;
-    for (const char* schema :
-         {schemas::l2_norm, schemas::l2_norm_pair, schemas::perturb_, schemas::restore_, schemas::combine_,
-          schemas::projection, schemas::decompose_, schemas::sgd_step_, schemas::adamw_step_}) {
+    for (const char* schema : {schemas::l2_norm, schemas::l2_norm_pair, schemas::difference_norm, schemas::perturb_,
+                               schemas::shift_, schemas::restore_, schemas::combine_, schemas::projection,
+                               schemas::decompose_, schemas::sgd_step_, schemas::adamw_step_}) {
         library.def(schema);
     }
 }
@@ -275,7 +312,9 @@ STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, library) {
     using namespace gam_fused::cpu;
     library.impl("l2_norm", boxed<&l2_norm>);
     library.impl("l2_norm_pair", boxed<&l2_norm_pair>);
+    library.impl("difference_norm", boxed<&difference_norm>);
     library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
+    library.impl("shift_", boxed<&shift_<&launch_shift>>);
     library.impl("restore_", boxed<&restore_<&launch_restore>>);
     library.impl("combine_", boxed<&combine_<&launch_combine>>);
     library.impl("projection", boxed<&projection<&launch_projection>>);

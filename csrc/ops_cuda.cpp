@@ -91,6 +91,17 @@ std::vector<Tensor> norms_of(const Operands& operands, const Addresses& tensors,
     return norms;
 }
 
+Tensor difference_norm(const TensorList& ends, const TensorList& starts) {
+    const Operands operands({{"ends", ends}, {"starts", starts}});
+    const OnDevice device(operands);
+    const Tensor norm = device.empty({}, operands.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float);
+    const Tensor scratch =
+        device.empty({static_cast<int64_t>(l2_norm_scratch_bytes(elements_of(operands)))}, ScalarType::Byte);
+    difference_norm(device.target(), elements_of(operands), operands.data[0], operands.data[1], scratch.data_ptr(),
+                    norm.data_ptr());
+    return norm;
+}
+
 Tensor l2_norm(const TensorList& tensors) {
     const Operands operands({{"tensors", tensors}}, /*same_shape=*/false);
     return norms_of(operands, operands.data[0], tensors.size(), 1)[0];
@@ -141,6 +152,13 @@ void launch_perturb(const Operands& operands, const void* direction_norm, const 
             xi, rounding_seed);
 }
 
+void launch_shift(const Operands& operands, const void* norm, double rho, double xi,
+                  const std::optional<uint64_t>& rounding_seed) {
+    const OnDevice device(operands);
+    shift(device.target(), elements_of(operands), operands.data[0], operands.data[1], operands.data[2],
+          operands.data[3], norm, rho, xi, rounding_seed);
+}
+
 void launch_restore(const Operands& operands) {
     const OnDevice device(operands);
     restore(device.target(), elements_of(operands), operands.data[0], operands.data[1]);
@@ -174,7 +192,9 @@ STABLE_TORCH_LIBRARY_IMPL(gam_fused, CUDA, library) {
     using namespace gam_fused::cuda;
     library.impl("l2_norm", boxed<&l2_norm>);
     library.impl("l2_norm_pair", boxed<&l2_norm_pair>);
+    library.impl("difference_norm", boxed<&difference_norm>);
     library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
+    library.impl("shift_", boxed<&shift_<&launch_shift>>);
     library.impl("restore_", boxed<&restore_<&launch_restore>>);
     library.impl("combine_", boxed<&combine_<&launch_combine>>);
     library.impl("projection", boxed<&gam_fused::projection<&launch_projection>>);

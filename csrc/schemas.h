@@ -13,11 +13,20 @@ constexpr const char* l2_norm = "l2_norm(Tensor[] tensors) -> Tensor";
 // The norms of two lists of one dtype and device in one launch.
 constexpr const char* l2_norm_pair = "l2_norm_pair(Tensor[] first, Tensor[] second) -> (Tensor, Tensor)";
 
+// The norm of ends − starts, taken in the accumulation type; as l2_norm.
+constexpr const char* difference_norm = "difference_norm(Tensor[] ends, Tensor[] starts) -> Tensor";
+
 // params <- θ + ρ u / (‖u‖ + ξ (‖g‖ + ξ)), directions <- θ. Where a norm or the quotient is not finite, params stay.
 // With `rounding_seed`, here and below, bfloat16 and float16 params are rounded stochastically (rounding.h).
 constexpr const char* perturb_ =
     "perturb_(Tensor(a!)[] params, Tensor(b!)[] directions, Tensor direction_norm, Tensor grad_norm, float rho, "
     "float xi, *, int? rounding_seed=None) -> ()";
+
+// params <- origins + ρ (ends − starts) / (norm + ξ); `origins` is empty where params move from where they are,
+// `starts` where they move along ends. Where the norm or the quotient is not finite, params <- origins.
+constexpr const char* shift_ =
+    "shift_(Tensor(a!)[] params, Tensor[] origins, Tensor[] ends, Tensor[] starts, Tensor norm, float rho, float xi, "
+    "*, int? rounding_seed=None) -> ()";
 
 // params <- backups
 constexpr const char* restore_ = "restore_(Tensor(a!)[] params, Tensor[] backups) -> ()";

@@ -48,6 +48,14 @@ GAM_FUSED_HD A perturbed(A theta, A direction, A scale) {
     return theta + scale * direction;
 }
 
+// ---------------------------------------------------------------- shift
+
+// ρ / (‖d‖ + ξ): what the direction d is multiplied by.
+template <typename A>
+GAM_FUSED_HD A shift_scale(A norm, A rho, A xi) {
+    return rho / (norm + xi);
+}
+
 // ---------------------------------------------------------------- combine
 
 // α ρ / (‖g_adv‖ + ξ): what the Hessian-vector product is multiplied by.

@@ -12,7 +12,10 @@ import torch
 import gam_fused
 from gam_fused.kernels import available, extension
 
-OPERATORS = ["l2_norm", "l2_norm_pair", "perturb_", "restore_", "combine_", "sgd_step_", "adamw_step_"]
+OPERATORS = [
+    *("l2_norm", "l2_norm_pair", "difference_norm", "projection", "perturb_", "shift_", "restore_", "combine_"),
+    *("decompose_", "sgd_step_", "adamw_step_"),
+]
 
 reason, info = extension.unavailable_reason(), extension.build_info()
 print(json.dumps({"package": gam_fused.__file__, "torch": torch.__version__, "reason": reason, "build_info": info}))

@@ -21,14 +21,16 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Werror", "all-warnings", "-Xcomp
 DTYPES = {"d": "fp64", "f": "fp32", "8bfloat16": "bf16", "7float16": "fp16"}
 
 # Kernels that write parameters in two ways: their last template argument says how they are rounded.
-ROUNDING = {"perturb_kernel", "sgd_kernel", "adamw_kernel"}
+ROUNDING = {"perturb_kernel", "shift_kernel", "sgd_kernel", "adamw_kernel"}
 
 # What a kernel's main loop loads and stores, each with one instruction of 128 bits at least: its lists and, in fused
 # steps, one load and one store more, where the step is not taken and parameters are restored only.
 LOADS_AND_STORES = {
     "perturb_kernel": (2, 2),
+    "shift_kernel": (4, 1),  # loads that a flag leaves out, among them
     "restore_kernel": (1, 1),
     "combine_kernel": (3, 2),
+    "sum_differences_kernel": (4, 0),  # two packs of two lists
     "sum_mixed_kernel": (4, 0),  # it stores three sums for each chunk
     "decompose_kernel": (4, 2),
     "sgd_kernel, 0": (4, 3),

@@ -40,6 +40,7 @@ TARGETS = {
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALL, NARROW = tuple(DTYPES), ("bf16", "fp16")
 SGD = {"WEIGHT_DECAY": True, "NESTEROV": True, "FIRST_STEP": False, "MAXIMIZE": True, "WRITE_GRADS": True}
+SHIFT = {"ORIGINS": True, "STARTS": True}
 ADAMW = {"WEIGHT_DECAY": True, "DECOUPLED": True, "MAXIMIZE": True, "WRITE_GRADS": True}
 
 
@@ -72,6 +73,11 @@ KERNELS = [
     Kernel("sum_chunks_kernel", 1, 1, 0),
     Kernel("restore_kernel", 2, 1, 1),
     Kernel("combine_kernel", 4, 3, 2),
+    Kernel("sum_differences_kernel", 2, 2, 0, dtypes=("fp32", "bf16")),
+    Kernel("sum_mixed_kernel", 4, 4, 0, dtypes=("fp32", "bf16")),
+    Kernel("decompose_kernel", 4, 4, 2, dtypes=("fp32", "bf16")),
+    Kernel("shift_kernel", 4, 3, 1, flags(SHIFT, STOCHASTIC=False), ("fp32", "bf16")),
+    Kernel("shift_kernel", 4, 3, 1, flags(SHIFT, STOCHASTIC=True), ("bf16",)),
     *(
         kernel
         for stochastic, dtypes in ((False, ALL), (True, NARROW))
@@ -86,7 +92,7 @@ KERNELS = [
 ]
 
 POINTERS = {"pointers": "i64", "plan": "i64", "state_steps": "i64", "found_inf": "fp32", "grad_scale": "fp32"}
-COUNTS = ("tensors", "chunks", "guard_count", "middle", "end")
+COUNTS = ("tensors", "chunks", "guard_count", "middle", "end", "row")
 
 
 def signature(kernel: str, wide: str, absent: tuple[str, ...]) -> dict[str, str]:
@@ -99,7 +105,7 @@ def signature(kernel: str, wide: str, absent: tuple[str, ...]) -> dict[str, str]
             types[name] = f"*{POINTERS[name]}"
         elif name in COUNTS:
             types[name] = "i32"
-        elif name.endswith("norm") or name in ("guards", "partials", "results", "lr_tensor"):
+        elif name.endswith("norm") or name in ("projection", "guards", "partials", "results", "lr_tensor"):
             types[name] = f"*{wide}"
         else:
             types[name] = "i64"  # the bits of a number
@@ -164,7 +170,7 @@ def test_a_kernel_loads_and_stores_16_bytes_and_spills_nothing(kernel: Kernel, d
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("wide", ["fp64", "fp32"])
 def test_the_kernels_of_few_numbers_compile(wide: str, target: str) -> None:
-    for kernel in ("finish_norms_kernel", "count_steps_kernel"):
+    for kernel in ("finish_norms_kernel", "finish_projection_kernel", "count_steps_kernel"):
         found = compiled(kernel, wide, target, (("BLOCK", 1024),), ("found_inf",))
         assert_nothing_in_local_memory(found)
         if wide == "fp32":

@@ -79,10 +79,15 @@ struct ChunkKernels {
     bool (*is_supported)();
     // Sum of squares, in double; of float32 and narrower dtypes, each square is exact.
     double (*sum_of_squares)(Dtype dtype, const void* tensor, int64_t size);
+    // The same of end - start, taken in the accumulation type.
+    double (*sum_of_squared_differences)(Dtype dtype, const void* end, const void* start, int64_t size);
     // param <-> direction, then param += scale * old direction unless `moves` is false. `random`, here and below: the
     // bits that narrow parameters are rounded with, null where they are rounded to nearest.
     void (*perturb)(Dtype dtype, void* param, void* direction, int64_t size, double scale, bool moves,
                     const RandomChunk* random);
+    // param <- origin + scale * (end - start); `origin` may be param itself, `start` null.
+    void (*shift)(Dtype dtype, void* param, const void* origin, const void* end, const void* start, int64_t size,
+                  double scale, const RandomChunk* random);
     // With `is_streaming`, `to` is written past the caches, which it would not fit in: that spares reading it first.
     void (*copy)(void* to, const void* from, int64_t bytes, bool is_streaming);
     // param <- backup, grad <- grad + scale * hvp

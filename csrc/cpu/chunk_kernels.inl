@@ -259,7 +259,30 @@ double sum_of_squares(Dtype dtype, const void* tensor, int64_t size) {
                      [&](auto type) { return sum_of_squares_of(static_cast<const decltype(type)*>(tensor), size); });
 }
 
-// ---------------------------------------------------------------- perturb and combine
+template <typename T>
+double sum_of_squared_differences_of(const T* end, const T* start, int64_t size) {
+    using A = accumulation_t<T>;
+    SumOfProducts sum;
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        A end_block[kBlock], start_block[kBlock], differences[kBlock];
+        const A* const e = view(end_block, end + begin, block_size);
+        const A* const s = view(start_block, start + begin, block_size);
+        for (int64_t i = 0; i < block_size; ++i) {
+            differences[i] = e[i] - s[i];
+        }
+        sum.add(differences, differences, block_size);
+    });
+    return sum.total();
+}
+
+double sum_of_squared_differences(Dtype dtype, const void* end, const void* start, int64_t size) {
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        return sum_of_squared_differences_of(static_cast<const T*>(end), static_cast<const T*>(start), size);
+    });
+}
+
+// ---------------------------------------------------------------- perturb, shift and combine
 
 template <typename T>
 void perturb_of(T* __restrict param, T* __restrict direction, int64_t size, accumulation_t<T> scale, bool moves,
@@ -288,6 +311,38 @@ void perturb(Dtype dtype, void* param, void* direction, int64_t size, double sca
         using T = decltype(type);
         perturb_of(static_cast<T*>(param), static_cast<T*>(direction), size, static_cast<accumulation_t<T>>(scale),
                    moves, random);
+    });
+}
+
+template <typename T>
+void shift_of(T* param, const T* origin, const T* end, const T* start, int64_t size, accumulation_t<T> scale,
+              const RandomChunk* random) {
+    using A = accumulation_t<T>;
+    for_each_block(size, [&](int64_t begin, int64_t block_size) {
+        A origin_block[kBlock], end_block[kBlock], start_block[kBlock], moved[kBlock];
+        const A* const from = view(origin_block, origin + begin, block_size);
+        const A* const e = view(end_block, end + begin, block_size);
+        if (start == nullptr) {
+            for (int64_t i = 0; i < block_size; ++i) {
+                moved[i] = perturbed(from[i], e[i], scale);
+            }
+        } else {
+            const A* const s = view(start_block, start + begin, block_size);
+            for (int64_t i = 0; i < block_size; ++i) {
+                moved[i] = perturbed(from[i], e[i] - s[i], scale);
+            }
+        }
+        draw_params<T>(moved, random, begin, block_size);
+        store(param + begin, moved, block_size);
+    });
+}
+
+void shift(Dtype dtype, void* param, const void* origin, const void* end, const void* start, int64_t size, double scale,
+           const RandomChunk* random) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        shift_of(static_cast<T*>(param), static_cast<const T*>(origin), static_cast<const T*>(end),
+                 static_cast<const T*>(start), size, static_cast<accumulation_t<T>>(scale), random);
     });
 }
 

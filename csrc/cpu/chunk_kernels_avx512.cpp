@@ -34,7 +34,9 @@ const ChunkKernels kAVX512 = {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && kAVX2.is_supported();
     },
     avx512::sum_of_squares,
+    avx512::sum_of_squared_differences,
     avx512::perturb,
+    avx512::shift,
     avx512::copy_chunk,
     avx512::combine,
     avx512::mixed_sums,

@@ -17,8 +17,9 @@
 namespace gam_fused::cpu {
 
 const ChunkKernels kBaseline = {
-    "baseline",        [] { return true; },  baseline::sum_of_squares, baseline::perturb,  baseline::copy_chunk,
-    baseline::combine, baseline::mixed_sums, baseline::decompose,      baseline::sgd_step, baseline::adamw_step,
+    "baseline",           [] { return true; }, baseline::sum_of_squares, baseline::sum_of_squared_differences,
+    baseline::perturb,    baseline::shift,     baseline::copy_chunk,     baseline::combine,
+    baseline::mixed_sums, baseline::decompose, baseline::sgd_step,       baseline::adamw_step,
 };
 
 }  // namespace gam_fused::cpu

@@ -43,11 +43,20 @@ size_t l2_norm_scratch_bytes(const Elements& elements);
 void l2_norms(const Target& target, const Elements& elements, const Addresses& tensors, size_t first_list,
               void* scratch, const std::vector<void*>& results);
 
-// ---------------------------------------------------------------- perturb, restore, combine
+// The norm of ends − starts; `scratch` as for l2_norms.
+void difference_norm(const Target& target, const Elements& elements, const Addresses& ends, const Addresses& starts,
+                     void* scratch, void* result);
+
+// ---------------------------------------------------------------- perturb, shift, restore, combine
 
 void perturb(const Target& target, const Elements& elements, const Addresses& params, const Addresses& directions,
              const void* direction_norm, const void* grad_norm, double rho, double xi,
              const std::optional<uint64_t>& rounding_seed);
+
+// `origins` and `starts` are empty where they are left out.
+void shift(const Target& target, const Elements& elements, const Addresses& params, const Addresses& origins,
+           const Addresses& ends, const Addresses& starts, const void* norm, double rho, double xi,
+           const std::optional<uint64_t>& rounding_seed);
 
 void restore(const Target& target, const Elements& elements, const Addresses& params, const Addresses& backups);
 

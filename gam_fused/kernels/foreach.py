@@ -14,7 +14,7 @@ from torch import Tensor
 from gam_fused.kernels.interface import Backend, accumulation_dtype, as_scalar
 from gam_fused.kernels.rounding import places_of, rounded
 from gam_fused.kernels.rules import FourGradients, TensorList
-from gam_fused.kernels.validation import checked, validate_lists
+from gam_fused.kernels.validation import checked, validate_lists, validate_shift
 
 # Elements that one thread adds up at one go on the CPU. Left to itself, PyTorch adds up a long vector in one thread or,
 # from 32768 elements on and if there are gaps between them, in as many parts as there are threads, which lets the
@@ -56,6 +56,18 @@ class ForeachBackend(Backend):
             norms = _chunk_norms(norms, wide)
         return torch.linalg.vector_norm(norms)
 
+    @checked(reads=["ends", "starts"])
+    @torch.no_grad()
+    def difference_norm(self, ends: TensorList, starts: TensorList) -> Tensor:
+        """See :meth:`Backend.difference_norm`."""
+        if not ends:
+            return self.l2_norm([])
+        wide = accumulation_dtype(ends[0].dtype)
+        differences = (
+            torch._foreach_sub(_cast(ends[batch], wide), _cast(starts[batch], wide)) for batch in _batches(ends)
+        )
+        return self.l2_norm([self.l2_norm(list(tensors)) for tensors in differences])
+
     @checked(writes=["params", "directions"])
     @torch.no_grad()
     def perturb_(
@@ -96,6 +108,50 @@ class ForeachBackend(Backend):
             ]
         torch._foreach_copy_(list(directions), list(params))
         torch._foreach_copy_(list(params), adversarial)
+
+    @torch.no_grad()
+    def shift_(
+        self,
+        params: TensorList,
+        origins: TensorList,
+        ends: TensorList,
+        starts: TensorList,
+        norm: Tensor,
+        rho: float,
+        xi: float,
+        *,
+        rounding_seed: int | None = None,
+    ) -> None:
+        """See :meth:`Backend.shift_`. Rounds stochastically one tensor after another."""
+        validate_shift(params, origins, ends, starts)
+        if not params:
+            return
+        wide = accumulation_dtype(params[0].dtype)
+        length = as_scalar(norm, params)
+        scale = rho / (length + xi)
+        is_finite = length.isfinite() & scale.isfinite()
+        origins = origins or params
+        for batch in _batches(params):
+            directions = _cast(ends[batch], wide)
+            if starts:
+                directions = list(torch._foreach_sub(directions, _cast(starts[batch], wide)))
+            shifted = torch._foreach_mul(directions, scale)
+            torch._foreach_add_(shifted, _cast(origins[batch], wide))
+            if rounding_seed is None:
+                points = _cast(shifted, params[0].dtype)
+            else:
+                points = [
+                    rounded(
+                        point,
+                        params[0].dtype,
+                        rounding_seed,
+                        i,
+                        places_of([tensors[i] for tensors in (params, origins, ends, starts) if tensors]),
+                    )
+                    for i, point in zip(range(*batch.indices(len(params))), shifted, strict=True)
+                ]
+            moved = [torch.where(is_finite, *pair) for pair in zip(points, origins[batch], strict=True)]
+            torch._foreach_copy_(list(params[batch]), moved)
 
     @checked(writes=["params"], reads=["backups"])
     @torch.no_grad()

@@ -52,11 +52,22 @@ def global_norm(backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
     no tensors. Partial norms are combined in the order of :func:`buckets`, so that equal inputs give equal bits. The
     host waits only where tensors are spread over the CPU and another device.
     """
-    partials = [backend.l2_norm(take(tensors, indices)) for indices in buckets(tensors).values()]
+    return _joined([backend.l2_norm(take(tensors, at)) for at in buckets(tensors).values()], backend, tensors)
+
+
+def _joined(partials: list[Tensor], backend: Backend, tensors: Sequence[Tensor]) -> Tensor:
     if len(partials) < 2:
         return partials[0] if partials else backend.l2_norm([])
     widest = torch.float64 if any(partial.dtype == torch.float64 for partial in partials) else torch.float32
     return torch.linalg.vector_norm(torch.stack([partial.to(tensors[0].device, widest) for partial in partials]))
+
+
+@torch.no_grad()
+def global_difference_norm(backend: Backend, ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
+    """2-norm of ends − starts, as :func:`global_norm` would give that of the differences in the accumulation dtypes."""
+    return _joined(
+        [backend.difference_norm(take(ends, at), take(starts, at)) for at in buckets(ends).values()], backend, ends
+    )
 
 
 @torch.no_grad()

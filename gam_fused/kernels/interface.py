@@ -61,6 +61,10 @@ class Backend(ABC):
         An empty list has norm 0 (float32, CPU). The result does not depend on the number of threads.
         """
 
+    @abstractmethod
+    def difference_norm(self, ends: TensorList, starts: TensorList) -> Tensor:
+        """The global 2-norm of ends − starts, taken in the accumulation dtype; otherwise as :meth:`l2_norm`."""
+
     def l2_norm_pair(self, first: TensorList, second: TensorList) -> tuple[Tensor, Tensor]:
         """The global 2-norms of two lists of one dtype and device, as :meth:`l2_norm` gives them."""
         return self.l2_norm(first), self.l2_norm(second)
@@ -85,6 +89,25 @@ class Backend(ABC):
 
         With ``rounding_seed``, bfloat16 and float16 parameters are rounded stochastically
         (:mod:`gam_fused.kernels.rounding`), without it to nearest.
+        """
+
+    @abstractmethod
+    def shift_(
+        self,
+        params: TensorList,
+        origins: TensorList,
+        ends: TensorList,
+        starts: TensorList,
+        norm: Tensor,
+        rho: float,
+        xi: float,
+        *,
+        rounding_seed: int | None = None,
+    ) -> None:
+        """``params!`` ← origins + ρ (ends − starts) / (``norm`` + ξ), written nowhere else.
+
+        Without ``origins`` (an empty list) they move from where they are, without ``starts`` along ends. Where ``norm``
+        or the quotient is not finite, they stay there, or are the origins. ``rounding_seed`` as in :meth:`perturb_`.
         """
 
     @abstractmethod

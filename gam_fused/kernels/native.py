@@ -51,6 +51,13 @@ class NativeBackend(FusingBackend):
         return self._launch("l2_norm_pair", {"first": first, "second": second})
 
     @torch.no_grad()
+    def difference_norm(self, ends: TensorList, starts: TensorList) -> Tensor:
+        """See :meth:`Backend.difference_norm`."""
+        if not ends and not starts:
+            return self.l2_norm([])
+        return self._launch("difference_norm", {"ends": ends, "starts": starts})
+
+    @torch.no_grad()
     def perturb_(
         self,
         params: TensorList,
@@ -66,6 +73,24 @@ class NativeBackend(FusingBackend):
         norms = as_scalar(direction_norm, params), as_scalar(grad_norm, params)
         lists = {"params": params, "directions": directions}
         self._launch("perturb_", lists, (*norms, rho, xi), rounding_seed=_int64(rounding_seed))
+
+    @torch.no_grad()
+    def shift_(
+        self,
+        params: TensorList,
+        origins: TensorList,
+        ends: TensorList,
+        starts: TensorList,
+        norm: Tensor,
+        rho: float,
+        xi: float,
+        *,
+        rounding_seed: int | None = None,
+    ) -> None:
+        """See :meth:`Backend.shift_`."""
+        lists = {"params": params, "origins": origins, "ends": ends, "starts": starts}
+        numbers = as_scalar(norm, params), rho, xi
+        self._launch("shift_", lists, numbers, ("origins", "starts"), rounding_seed=_int64(rounding_seed))
 
     @torch.no_grad()
     def restore_(self, params: TensorList, backups: TensorList) -> None:

@@ -21,7 +21,9 @@ _FOUR_GRADIENTS = ("grads", "grads_ahead", "adversarial_grads", "adversarial_gra
 LISTS: dict[str, tuple[str, ...]] = {
     "l2_norm": ("tensors",),
     "l2_norm_pair": ("first", "second"),
+    "difference_norm": ("ends", "starts"),
     "perturb_": ("params", "directions"),
+    "shift_": ("params", "origins", "ends", "starts"),
     "restore_": ("params", "backups"),
     "combine_": ("params", "backups", "grads", "hvps"),
     "projection": _FOUR_GRADIENTS,
@@ -34,7 +36,9 @@ LISTS: dict[str, tuple[str, ...]] = {
 WRITTEN: dict[str, tuple[str, ...]] = {
     "l2_norm": (),
     "l2_norm_pair": (),
+    "difference_norm": (),
     "perturb_": ("params", "directions"),
+    "shift_": ("params",),
     "restore_": ("params",),
     "combine_": ("params", "grads"),
     "projection": (),
@@ -66,7 +70,8 @@ def validate(name: str, lists: Mapping[str, Sequence[Tensor]], steps: Sequence[T
         validate_steps(steps, lists["params"])
 
 
-_MAY_BE_EMPTY = ("momentum_buffers", "max_exp_avg_sqs")  # lists of state that a rule may do without
+# Lists that an operator may do without.
+_MAY_BE_EMPTY = ("origins", "starts", "momentum_buffers", "max_exp_avg_sqs")
 
 
 def count_mutations(name: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
@@ -96,6 +101,12 @@ def _fake_l2_norm_pair(first: Sequence[Tensor], second: Sequence[Tensor]) -> tup
     return _norm_like(first or second), _norm_like(first or second)
 
 
+def _fake_difference_norm(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
+    check_lengths({"ends": ends, "starts": starts})
+    check_alike({"ends": ends, "starts": starts}, same_shape=True)
+    return _norm_like(ends)
+
+
 def _fake_projection(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     lists = dict(zip(_FOUR_GRADIENTS, args, strict=False))
     check_lengths(lists)
@@ -108,6 +119,7 @@ def _register() -> None:
     _KEPT.append(library)
     torch.library.register_fake("gam_fused::l2_norm", _fake_l2_norm, lib=library)
     torch.library.register_fake("gam_fused::l2_norm_pair", _fake_l2_norm_pair, lib=library)
+    torch.library.register_fake("gam_fused::difference_norm", _fake_difference_norm, lib=library)
     torch.library.register_fake("gam_fused::projection", _fake_projection, lib=library)
     for name in filter(WRITTEN.get, LISTS):
         torch.library.register_fake(f"gam_fused::{name}", _fake_mutation(name), lib=library)

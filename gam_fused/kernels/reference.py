@@ -11,7 +11,7 @@ from torch import Tensor
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype
 from gam_fused.kernels.rounding import places_of, rounded
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule, TensorList
-from gam_fused.kernels.validation import checked, validate_lists, validate_steps
+from gam_fused.kernels.validation import checked, validate_lists, validate_shift, validate_steps
 
 # Fewer than the 32768 elements from which on PyTorch may split a sum among threads, which changes its last bits.
 _CHUNK = 16384
@@ -40,6 +40,13 @@ class ReferenceBackend(FusingBackend):
                 total += chunk.to(wide).square().sum()
         return total.sqrt()
 
+    @checked(reads=["ends", "starts"])
+    @torch.no_grad()
+    def difference_norm(self, ends: TensorList, starts: TensorList) -> Tensor:
+        """See :meth:`Backend.difference_norm`."""
+        wide = [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in ends]
+        return self.l2_norm([end - start.to(end.dtype) for end, start in zip(wide, starts, strict=True)])
+
     @checked(writes=["params", "directions"])
     @torch.no_grad()
     def perturb_(
@@ -66,6 +73,32 @@ class ReferenceBackend(FusingBackend):
             direction.copy_(param)
         for param, moved in zip(params, adversarial, strict=True):
             param.copy_(moved)
+
+    @torch.no_grad()
+    def shift_(
+        self,
+        params: TensorList,
+        origins: TensorList,
+        ends: TensorList,
+        starts: TensorList,
+        norm: Tensor,
+        rho: float,
+        xi: float,
+        *,
+        rounding_seed: int | None = None,
+    ) -> None:
+        """See :meth:`Backend.shift_`."""
+        validate_shift(params, origins, ends, starts)
+        for i, param in enumerate(params):
+            wide = accumulation_dtype(param.dtype)
+            origin = origins[i] if origins else param
+            direction = ends[i].to(wide) - starts[i].to(wide) if starts else ends[i].to(wide)
+            length = norm.to(param.device, wide)
+            scale = rho / (length + xi)
+            lists = [tensors[i] for tensors in (params, origins, ends, starts) if tensors]
+            shifted = origin.to(wide) + scale * direction
+            shifted = rounded(shifted, param.dtype, rounding_seed, i, _places(rounding_seed, lists))
+            param.copy_(torch.where(length.isfinite() & scale.isfinite(), shifted, origin))
 
     @checked(writes=["params"], reads=["backups"])
     @torch.no_grad()

@@ -88,6 +88,15 @@ class TritonBackend(FusingBackend):
         return norms[0], norms[1]
 
     @torch.no_grad()
+    def difference_norm(self, ends: TensorList, starts: TensorList) -> Tensor:
+        """See :meth:`Backend.difference_norm`. Adds up as :meth:`l2_norm` does."""
+        lists = {"ends": ends, "starts": starts}
+        if not any(lists.values()):
+            return self.l2_norm([])
+        operators.validate("difference_norm", lists)
+        return self._reduced("sum_differences_kernel", "finish_norms_kernel", lists, (), 1)[0]
+
+    @torch.no_grad()
     def perturb_(
         self,
         params: TensorList,
@@ -110,6 +119,31 @@ class TritonBackend(FusingBackend):
             (*norms, _bits(rho, params), _bits(xi, params), _key(rounding_seed)),
             {"A": _accumulation(params), "STOCHASTIC": _is_stochastic(rounding_seed, params)},
         )
+
+    @torch.no_grad()
+    def shift_(
+        self,
+        params: TensorList,
+        origins: TensorList,
+        ends: TensorList,
+        starts: TensorList,
+        norm: Tensor,
+        rho: float,
+        xi: float,
+        *,
+        rounding_seed: int | None = None,
+    ) -> None:
+        """See :meth:`Backend.shift_`."""
+        optional = {"origins": origins, "starts": starts}
+        given = {"params": params, "origins": origins, "ends": ends, "starts": starts}
+        lists = {key: tensors for key, tensors in given.items() if tensors or key not in optional}
+        if not any(lists.values()):
+            return
+        operands = _Operands("shift_", lists)
+        numbers = _scalar("norm", norm, params), _bits(rho, params), _bits(xi, params), _key(rounding_seed)
+        flags = {"ORIGINS": int(bool(origins)), "STARTS": int(bool(starts))}
+        rounding = {"A": _accumulation(params), "STOCHASTIC": _is_stochastic(rounding_seed, params)}
+        self._launch("shift_kernel", operands, numbers, {**rounding, **flags})
 
     @torch.no_grad()
     def restore_(self, params: TensorList, backups: TensorList) -> None:
@@ -145,21 +179,8 @@ class TritonBackend(FusingBackend):
         if not any(lists.values()):
             return (self.l2_norm([]),) * 3
         operators.validate("projection", lists)
-        dense = list({**lists, **dense_copies(lists)}.values())
-        first = dense[0][0]
-        device, wide = first.device, accumulation_dtype(first.dtype)
-        kernels, A = _kernels(), language_dtype(wide)
-        with on_device(device):
-            plan = self._tables.plan([tensor.numel() for tensor in dense[0]], _chunk(device), device)
-            addresses = self._tables.addresses(dense, device)
-            partials = torch.empty((3, max(plan.chunks, 1)), dtype=wide, device=device)
-            results = torch.empty(3, dtype=wide, device=device)
-            if plan.chunks:
-                weights = [_bits(weight, dense[0]) for weight in gradients.weights]
-                launch = kernels.sum_mixed_kernel[(plan.chunks,)]
-                geometry = _geometry(first, len(dense))
-                launch(addresses, *plan, partials, *weights, T=language_dtype(first.dtype), A=A, **geometry)
-            kernels.finish_projection_kernel[(1,)](partials, results, plan.chunks, A=A, **_FEW_NUMBERS)
+        weights = tuple(_bits(weight, gradients.grads) for weight in gradients.weights)
+        results = self._reduced("sum_mixed_kernel", "finish_projection_kernel", lists, weights, 3)
         return results[0], results[1], results[2]
 
     @torch.no_grad()
@@ -254,6 +275,24 @@ class TritonBackend(FusingBackend):
                     addresses, *plan, partials, T=language_dtype(first[0].dtype), A=A, **geometry
                 )
             kernels.finish_norms_kernel[(len(lists),)](partials, results, middle, plan.chunks, A=A, **_FEW_NUMBERS)
+        return results
+
+    def _reduced(self, first: str, last: str, lists: _Lists, arguments: tuple[int, ...], count: int) -> Tensor:
+        """``count`` numbers out of lists that belong together: kernel ``first`` over chunks, ``last`` over its sums."""
+        dense = list({**lists, **dense_copies(lists)}.values())
+        tensors = dense[0]
+        device, wide = tensors[0].device, accumulation_dtype(tensors[0].dtype)
+        kernels, A = _kernels(), language_dtype(wide)
+        with on_device(device):
+            plan = self._tables.plan([tensor.numel() for tensor in tensors], _chunk(device), device)
+            addresses = self._tables.addresses(dense, device)
+            partials = torch.empty((count, max(plan.chunks, 1)), dtype=wide, device=device)
+            results = torch.empty(count, dtype=wide, device=device)
+            if plan.chunks:
+                launch = getattr(kernels, first)[(plan.chunks,)]
+                T, geometry = language_dtype(tensors[0].dtype), _geometry(tensors[0], len(dense))
+                launch(addresses, *plan, partials, *arguments, T=T, A=A, **geometry)
+            getattr(kernels, last)[(1,)](partials, results, plan.chunks, plan.chunks, A=A, **_FEW_NUMBERS)
         return results
 
     def _launch(

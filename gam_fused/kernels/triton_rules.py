@@ -152,6 +152,15 @@ def perturbed(theta, direction, scale):
     return theta + scale * direction
 
 
+# ---------------------------------------------------------------- shift
+
+
+@triton.jit
+def shift_scale(norm, rho, xi):
+    """ρ / (‖d‖ + ξ): what the direction d is multiplied by."""
+    return divide(rho, norm + xi)
+
+
 # ---------------------------------------------------------------- combine
 
 

@@ -91,6 +91,14 @@ def checked(
     return decorate
 
 
+def validate_shift(
+    params: Sequence[Tensor], origins: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]
+) -> None:
+    """:func:`validate_lists` of a shift, whose ``origins`` and ``starts`` may be left out by being empty."""
+    optional = {name: tensors for name, tensors in (("origins", origins), ("starts", starts)) if tensors}
+    validate_lists(writes={"params": params}, reads={"ends": ends, **optional})
+
+
 def validate_steps(state_steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     """Check Adam's step counts: one float32 number for each parameter, on its device, each in memory of its own.
 

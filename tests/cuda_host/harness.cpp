@@ -171,6 +171,29 @@ struct Case {
     perturb(c.target, {c.dtype, c.numels}, params, directions, direction_norm, grad_norm, rho, xi, c.rounding_seed);
 }
 
+[[maybe_unused]] void run_difference_norm(Case& c) {
+    const Elements elements{c.dtype, c.numels};
+    const Addresses ends = c.list();
+    const Addresses starts = c.list();
+    void* const result = c.scalar();
+    const Buffer scratch(0, l2_norm_scratch_bytes(elements));
+    std::memset(scratch.data(), 0xff, scratch.bytes());
+    difference_norm(c.target, elements, ends, starts, scratch.data(), result);
+}
+
+[[maybe_unused]] void run_shift(Case& c) {
+    const bool has_origins = c.flag();
+    const bool has_starts = c.flag();
+    const Addresses params = c.list();
+    const Addresses origins = c.list_if(has_origins);
+    const Addresses ends = c.list();
+    const Addresses starts = c.list_if(has_starts);
+    const void* const norm = c.scalar();
+    const double rho = c.number();
+    const double xi = c.number();
+    shift(c.target, {c.dtype, c.numels}, params, origins, ends, starts, norm, rho, xi, c.rounding_seed);
+}
+
 [[maybe_unused]] void run_restore(Case& c) {
     const Addresses params = c.list();
     const Addresses backups = c.list();
@@ -298,10 +321,13 @@ int main(int count, char** arguments) try {
     }
     const std::map<std::string, void (*)(Case&)> operators = {
 #ifdef WITH_L2_NORM
-        {"l2_norms", run_l2_norms},
+        {"l2_norms", run_l2_norms},     {"difference_norm", run_difference_norm},
 #endif
 #ifdef WITH_PERTURB
         {"perturb", run_perturb},
+#endif
+#ifdef WITH_SHIFT
+        {"shift", run_shift},
 #endif
 #ifdef WITH_COMBINE
         {"restore", run_restore},       {"combine", run_combine},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = ("perturb", "combine", "decompose", "sgd", "adamw", "l2_norm")
+SOURCES = ("perturb", "shift", "combine", "decompose", "sgd", "adamw", "l2_norm")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/dtype.h
 COMPILER = "g++"
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")

@@ -67,6 +67,16 @@ def test_norm_of_any_numbers(kernels, dtype, values):
 
 
 @dtypes
+@pytest.mark.parametrize("offsets", OFFSETS, ids=["aligned", "misaligned"])
+def test_difference_norm_is_that_of_float64(kernels, dtype, offsets):
+    ends, starts = random_list(dtype), random_list(dtype)
+    result = torch.full((), -1.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    kernels.call("difference_norm", [ends, starts], numbers=[], scalars=[result], offsets=[offsets, offsets[::-1]])
+    differences = [e.to(result.dtype) - s.to(result.dtype) for e, s in zip(ends, starts, strict=True)]
+    assert ulps_from(result, exact_norm(differences)) <= 2
+
+
+@dtypes
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 def test_norm_with_a_value_that_is_not_finite(kernels, dtype, value):
     tensors = [torch.ones(5, dtype=dtype), torch.ones(2 * CHUNK, dtype=dtype)]

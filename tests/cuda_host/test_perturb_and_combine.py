@@ -53,6 +53,39 @@ def test_perturb_does_not_move_where_the_quotient_is_not_finite(kernels, norms):
     assert_bitwise(directions, theta)
 
 
+@dtypes
+@pytest.mark.parametrize("offsets", OFFSETS, ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("has_origins", [False, True])
+@pytest.mark.parametrize("has_starts", [False, True])
+def test_shift_moves_from_the_origin_along_the_difference(kernels, dtype, offsets, has_origins, has_starts):
+    params, origins, ends, starts = (random_list(dtype) for _ in range(4))
+    theta = double(origins if has_origins else params)
+    lists = [params, *[origins] * has_origins, ends, *[starts] * has_starts]
+    unwritten = copies([*origins, *ends, *starts])
+    kernels.call(
+        "shift",
+        lists,
+        numbers=[has_origins, has_starts, 0.1, 1e-3],
+        scalars=[number(2, dtype)],
+        offsets=[offsets, *[offsets[::-1]] * has_origins, offsets, *[offsets] * has_starts],
+    )
+    directions = [e - s if has_starts else e for e, s in zip(double(ends), double(starts), strict=True)]
+    assert_rounded(params, [t + 0.1 / (2 + 1e-3) * d for t, d in zip(theta, directions, strict=True)])
+    assert_bitwise([*origins, *ends, *starts], unwritten)
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan, 0.0], ids=str)
+def test_shift_leaves_the_origin_where_the_quotient_is_not_finite(kernels, norm):
+    params, origins, ends = (random_list(torch.float32) for _ in range(3))
+    theta = copies(params)
+    ends[-1][0] = math.inf  # times a quotient of zero it is not a number
+    scalars = [number(norm, torch.float32)]
+    kernels.call("shift", [params, ends], numbers=[False, False, 0.1, 0.0], scalars=scalars)
+    assert_bitwise(params, theta)
+    kernels.call("shift", [params, origins, ends, ends], numbers=[True, True, 0.1, 0.0], scalars=scalars)
+    assert_bitwise(params, origins)
+
+
 @settings(max_examples=15)
 @given(
     dtype=st.sampled_from(DTYPES),

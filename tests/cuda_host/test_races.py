@@ -56,6 +56,15 @@ def takes_norms(kernels: KernelsOnHost) -> None:
     assert norm_of(kernels, tensors).item() == pytest.approx(math.sqrt(8 * CHUNK + 100), rel=1e-7)
 
 
+def shifts(kernels: KernelsOnHost) -> None:
+    theta, ends, starts = (random_list(torch.float32, (CHUNK,) * 5 + (100, 3)) for _ in range(3))
+    params, norm = copies(theta), torch.full((), -1.0)
+    kernels.call("difference_norm", [ends, starts], numbers=[], scalars=[norm])
+    kernels.call("shift", [params, theta, ends, starts], numbers=[True, True, 0.5, 0.0], scalars=[norm])
+    moved = torch.cat(params).double() - torch.cat(theta).double()
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-5)
+
+
 def decomposes(kernels: KernelsOnHost) -> None:
     gradients = [random_list(torch.float32, (CHUNK,) * 5 + (100, 3)) for _ in range(4)]
     results = [torch.full((), -1.0) for _ in range(3)]
@@ -69,6 +78,7 @@ def test_no_data_race(threads):
     perturbs(threads)
     rounds_stochastically(threads)
     takes_norms(threads)
+    shifts(threads)
     decomposes(threads)
     lists = [random_list(torch.bfloat16, (9, 4000)) for _ in range(5)]
     run_sgd(threads, Common(), {"momentum": 0.9}, lists[:4], lists[4])

@@ -57,6 +57,17 @@ def test_perturb_rounds_stochastically(kernels, dtype, rounding_seed, offsets):
     assert_rounded_stochastically(params, moved, rounding_seed)
 
 
+@narrow
+@pytest.mark.parametrize("has_lists", [False, True])
+def test_shift_rounds_stochastically(kernels, dtype, has_lists):
+    lists = [[t.to(dtype) for t in subnormal_and_not(dtype)] for _ in range(4 if has_lists else 2)]
+    exact = [widened(tensors) for tensors in lists]
+    arguments = {"numbers": [has_lists, has_lists, 0.1, 1e-3], "scalars": [number(2, dtype)]}
+    kernels.call("shift", exact, **arguments)
+    kernels.call("shift", lists, **arguments, offsets=[OFFSETS[1]] * len(lists), rounding_seed=5)
+    assert_rounded_stochastically(lists[0], exact[0], 5)
+
+
 SGD_CASES = {
     "plain": (Common(), {}),
     "momentum": (Common(grad_scale=4.0), {"momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),

@@ -161,6 +161,15 @@ def perturb(seed: int | None) -> Operator:
     )
 
 
+def shift(with_origins: bool, with_starts: bool, seed: int | None) -> Operator:
+    def operate(backend: Any, on: Operands) -> None:
+        params, origins, ends, starts = (on.lists[name] for name in on.NAMES[:4])
+        lists = params, origins if with_origins else [], ends, starts if with_starts else []
+        backend.shift_(*lists, on.norm, RHO, XI, rounding_seed=seed)
+
+    return operate
+
+
 def combine(backend: Any, on: Operands) -> None:
     backend.combine_(*(on.lists[name] for name in on.NAMES[:4]), on.norm, RHO, ALPHA, XI)
 
@@ -188,6 +197,8 @@ def adamw(rule: AdamWRule, seed: int | None) -> Operator:
 def elementwise(seed: int | None) -> dict[str, Operator]:
     return {
         "perturb": perturb(seed),
+        "shift along": shift(False, False, seed),
+        "shift from": shift(True, True, seed),
         "combine": combine,
         "decompose": decompose,
         "sgd": sgd(SGDRule(0.1), seed),

@@ -20,9 +20,14 @@ mypy cannot read Triton's language: these modules are checked by the tests alone
 from gam_fused.kernels.triton_kernels.adamw import adamw_kernel, count_steps_kernel
 from gam_fused.kernels.triton_kernels.combine import combine_kernel, restore_kernel
 from gam_fused.kernels.triton_kernels.decompose import decompose_kernel, finish_projection_kernel, sum_mixed_kernel
-from gam_fused.kernels.triton_kernels.norms import finish_norms_kernel, sum_chunks_kernel
+from gam_fused.kernels.triton_kernels.norms import (
+    finish_norms_kernel,
+    sum_chunks_kernel,
+    sum_differences_kernel,
+)
 from gam_fused.kernels.triton_kernels.perturb import perturb_kernel
 from gam_fused.kernels.triton_kernels.sgd import sgd_kernel
+from gam_fused.kernels.triton_kernels.shift import shift_kernel
 
 __all__ = [
     "adamw_kernel",
@@ -34,6 +39,8 @@ __all__ = [
     "perturb_kernel",
     "restore_kernel",
     "sgd_kernel",
+    "shift_kernel",
     "sum_chunks_kernel",
+    "sum_differences_kernel",
     "sum_mixed_kernel",
 ]

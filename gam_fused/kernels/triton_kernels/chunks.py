@@ -13,10 +13,10 @@ from gam_fused.kernels.triton_rules import narrow, random_bits, round_stochastic
 _NUMBERS = [
     *("tensors", "chunks", "middle", "end", "guard_count", "launch_key", "rho", "alpha", "xi", "lr", "weight_decay"),
     *("momentum", "one_minus_dampening", "beta2", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2"),
-    *("eps", "weight0", "weight1", "weight2", "weight3"),
+    *("eps", "weight0", "weight1", "weight2", "weight3", "row"),
 ]
 _READ_ONCE = (
-    *("direction_norm", "grad_norm", "adversarial_norm", "guards", "found_inf", "grad_scale", "lr_tensor"),
+    *("direction_norm", "grad_norm", "norm", "adversarial_norm", "guards", "found_inf", "grad_scale", "lr_tensor"),
     *("projection", "plus_norm", "partials", "results", "state_steps"),
 )
 kernel = triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_READ_ONCE)

@@ -100,13 +100,13 @@ def _sum_row(partials, chunks, A: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @kernel
-def finish_projection_kernel(partials, results, chunks, A: tl.constexpr, BLOCK: tl.constexpr):
-    """``results``: ⟨h⁻, h⁺⟩ / ‖h⁺‖, ‖h⁺‖, ‖h⁻‖."""
-    plus_norm = square_root(_sum_row(partials + chunks, chunks, A, BLOCK))
+def finish_projection_kernel(partials, results, chunks, row, A: tl.constexpr, BLOCK: tl.constexpr):
+    """``results``: ⟨h⁻, h⁺⟩ / ‖h⁺‖, ‖h⁺‖, ‖h⁻‖. Rows of ``partials`` are ``row`` apart."""
+    plus_norm = square_root(_sum_row(partials + row, chunks, A, BLOCK))
     quotient = divide(_sum_row(partials, chunks, A, BLOCK), plus_norm)
     tl.store(results, tl.where(plus_norm == 0.0, plus_norm, quotient))
     tl.store(results + 1, plus_norm)
-    tl.store(results + 2, square_root(_sum_row(partials + 2 * chunks, chunks, A, BLOCK)))
+    tl.store(results + 2, square_root(_sum_row(partials + 2 * row, chunks, A, BLOCK)))
 
 
 @triton.jit

@@ -41,6 +41,40 @@ def sum_chunks_kernel(
     tl.store(partials + tl.program_id(0), total)
 
 
+@triton.jit
+def _sum_of_squared_differences(
+    pointers, tensors, tensor, begin, count, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    ends = elements_of(pointers, 0, tensors, tensor, begin, T, WHOLE)
+    starts = elements_of(pointers, 1, tensors, tensor, begin, T, WHOLE)
+    total = tl.zeros([BLOCK], A)
+    for start in range(0, end_of(count, CHUNK, WHOLE), BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        if WHOLE:
+            value = widen(tl.load(ends + offsets), A) - widen(tl.load(starts + offsets), A)
+        else:
+            mask = offsets < count
+            value = widen(tl.load(ends + offsets, mask=mask, other=0.0), A)
+            value -= widen(tl.load(starts + offsets, mask=mask, other=0.0), A)
+        total += value * value
+    return tl.sum(total, axis=0)
+
+
+@kernel
+def sum_differences_kernel(
+    pointers, plan, tensors, chunks, partials, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``partials[i]``: the sum of squares of ends − starts over chunk i. Rows: ends, starts."""
+    tensor, begin, count = chunk_of_program(plan, tensors, chunks, CHUNK)
+    if is_whole_and_aligned(pointers, 2, tensors, tensor, count, CHUNK):
+        total = _sum_of_squared_differences(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, True)
+    else:
+        total = _sum_of_squared_differences(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, False)
+    tl.store(partials + tl.program_id(0), total)
+
+
 @kernel
 def finish_norms_kernel(partials, results, middle, end, A: tl.constexpr, BLOCK: tl.constexpr):
     """``results[0]``: the root of the sum of the partial sums before ``middle``; ``results[1]``: of the others."""

@@ -21,7 +21,9 @@ FOUR_GRADIENTS = ("grads", "grads_ahead", "adversarial_grads", "adversarial_grad
 LISTS = {
     "l2_norm": ("tensors",),
     "l2_norm_pair": ("first", "second"),
+    "difference_norm": ("ends", "starts"),
     "perturb_": ("params", "directions"),
+    "shift_": ("params", "origins", "ends", "starts"),
     "restore_": ("params", "backups"),
     "combine_": ("params", "backups", "grads", "hvps"),
     "projection": FOUR_GRADIENTS,
@@ -32,7 +34,9 @@ LISTS = {
 WRITTEN = {
     "l2_norm": (),
     "l2_norm_pair": (),
+    "difference_norm": (),
     "perturb_": ("params", "directions"),
+    "shift_": ("params",),
     "restore_": ("params",),
     "combine_": ("params", "grads"),
     "projection": (),
@@ -63,10 +67,12 @@ class Call:
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         lists = list(self.lists.values())
-        if self.name in ("l2_norm", "l2_norm_pair", "restore_"):
+        if self.name in ("l2_norm", "l2_norm_pair", "difference_norm", "restore_"):
             return lists, {}
         if self.name == "perturb_":
             return [*lists, *self.norms, 0.1, 1e-12], {}
+        if self.name == "shift_":
+            return [*lists, self.norms[0], 0.1, 1e-12], {}
         if self.name == "combine_":
             return [*lists, self.norms[0], 0.1, 0.3, 1e-12], {}
         if self.name == "projection":

@@ -72,6 +72,24 @@ def test_perturb_is_within_2_ulp(data: str) -> None:
 
 
 @over_data
+def test_shift_is_within_2_ulp(data: str) -> None:
+    theta, end, start = DATA[data](SIZE), DATA[data](SIZE), DATA[data](SIZE)
+    params = [torch.ones(SIZE)]
+    ops.shift_(params, [theta], [end], [start], torch.tensor(NORM), RHO, XI)
+    term = RHO / (NORM + XI) * (end - start).double()
+    # ‖d‖ + ξ, the quotient and the product round once each: 1.5 ulp. The sum adds 0.5.
+    assert_within(params[0], theta.double() + term, theta.double().abs() + term.abs(), 2)
+
+
+@over_data
+def test_difference_norm_is_that_of_float64_for_any_data(data: str) -> None:
+    """Of differences as they are in float32: all that is rounded after them is the result."""
+    end, start = DATA[data](SIZE), DATA[data](SIZE)
+    expected = float((end - start).double().norm())
+    assert abs(float(ops.difference_norm([end], [start])) - expected) <= EPS / 2 * expected * (1 + 1e-7)
+
+
+@over_data
 def test_combine_is_within_2_ulp(data: str) -> None:
     g, h = DATA[data](SIZE), DATA[data](SIZE)
     grads = [g.clone()]

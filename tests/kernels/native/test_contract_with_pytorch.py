@@ -35,7 +35,7 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name).default, tuple(args), options)
 
 
-@pytest.mark.parametrize("name", ["perturb_", "sgd_step_", "adamw_step_"])
+@pytest.mark.parametrize("name", ["perturb_", "shift_", "sgd_step_", "adamw_step_"])
 def test_opcheck_with_a_rounding_seed(name: str) -> None:
     pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
     args, options = Call(name, [(3,), (2, 5), ()], torch.bfloat16).arguments()
@@ -149,7 +149,7 @@ def test_fake_tensors_are_refused_where_real_ones_are(name: str, key: str, what:
 
 
 # With two empty lists and no number, restore_ has nothing to tell the device by.
-@pytest.mark.parametrize("name", ["perturb_", "combine_", "decompose_", "sgd_step_", "adamw_step_"])
+@pytest.mark.parametrize("name", ["perturb_", "shift_", "combine_", "decompose_", "sgd_step_", "adamw_step_"])
 def test_empty_lists_on_the_meta_device_are_fine(name: str) -> None:
     with torch.device("meta"):
         call = fake_call(name)

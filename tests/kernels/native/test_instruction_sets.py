@@ -73,6 +73,11 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             show("perturb_", [*a, *b])
             show("perturb_ with a seed", [*c, *d])
             a, b, c, d = lists(dtype, 4, sizes, kind)
+            show("difference_norm", [*(ops.difference_norm([i], [j]) for i, j in zip(a, b)), ops.difference_norm(a, b)])
+            for rest in ((b, c, d), ([], c, []), (b, c, [])):
+                ops.shift_(a, *rest, n(1.7), scale, 0.01, rounding_seed=None if rest[2] else 7)
+                show("shift_", a)
+            a, b, c, d = lists(dtype, 4, sizes, kind)
             ops.combine_(a, b, c, d, n(1.7), 1.0, scale, 0.01)
             show("combine_", [*a, *c])
             a, b, c, d = lists(dtype, 4, sizes, kind)

@@ -55,6 +55,10 @@ class Operands:
         backend.combine_(self.params, self.backups, self.grads, self.hvps, self.norm, RHO, ALPHA, XI)
         return [self.params, self.grads]
 
+    def shift_(self, backend: Backend) -> list[list[Tensor]]:
+        backend.shift_(self.params, self.backups, self.grads, self.hvps, self.norm, RHO, XI)
+        return [self.params]
+
     def decompose_(self, backend: Backend) -> list[list[Tensor]]:
         backend.decompose_(self.gradients(), self.norm, self.norm, XI)
         return [self.grads, self.grads_ahead]
@@ -63,15 +67,21 @@ class Operands:
         backend.l2_norm(self.params)
         return []
 
+    def difference_norm(self, backend: Backend) -> list[list[Tensor]]:
+        backend.difference_norm(self.grads, self.backups)
+        return []
+
     def projection(self, backend: Backend) -> list[list[Tensor]]:
         backend.projection(self.gradients())
         return []
 
 
 Operator = Callable[[Operands, Backend], list[list[Tensor]]]
-WRITING = [Operands.perturb_, Operands.restore_, Operands.combine_, Operands.decompose_]
+WRITING = [Operands.perturb_, Operands.shift_, Operands.restore_, Operands.combine_, Operands.decompose_]
 writing_operators = pytest.mark.parametrize("operator", WRITING)
-all_operators = pytest.mark.parametrize("operator", [Operands.l2_norm, Operands.projection, *WRITING])
+all_operators = pytest.mark.parametrize(
+    "operator", [Operands.l2_norm, Operands.difference_norm, Operands.projection, *WRITING]
+)
 
 
 @writing_operators
@@ -152,25 +162,28 @@ def test_parameters_may_be_views_of_one_storage(backend: Backend, dtype: torch.d
 
 
 @pytest.mark.parametrize(
-    ("operator", "damaged"),
+    ("operator", "damaged", "name"),
     [
-        (Operands.perturb_, "directions"),
-        (Operands.restore_, "backups"),
-        (Operands.combine_, "backups"),
-        (Operands.combine_, "grads"),
-        (Operands.combine_, "hvps"),
-        (Operands.decompose_, "grads_ahead"),
-        (Operands.projection, "grads_ahead"),
+        (Operands.perturb_, "directions", "directions"),
+        (Operands.restore_, "backups", "backups"),
+        (Operands.combine_, "backups", "backups"),
+        (Operands.combine_, "grads", "grads"),
+        (Operands.combine_, "hvps", "hvps"),
+        (Operands.shift_, "backups", "origins"),
+        (Operands.shift_, "hvps", "starts"),
+        (Operands.difference_norm, "backups", "starts"),
+        (Operands.decompose_, "grads_ahead", "grads_ahead"),
+        (Operands.projection, "grads_ahead", "grads_ahead"),
     ],
 )
 def test_a_malformed_list_is_refused_by_name_before_anything_is_written(
-    backend: Backend, operator: Operator, damaged: str
+    backend: Backend, operator: Operator, damaged: str, name: str
 ) -> None:
     operands = Operands()
     getattr(operands, damaged)[1] = torch.ones(2, 3, dtype=torch.float16)
     before, versions = copies(operands.everything()), [t._version for t in operands.everything()]
     with pytest.raises(
-        ValueError, match=rf"^{damaged}\[1\]: dtype torch.float16, expected torch.float32 as (params|grads)"
+        ValueError, match=rf"^{name}\[1\]: dtype torch.float16, expected torch.float32 as (params|grads|ends)"
     ):
         operator(operands, backend)
     assert_same_bits(operands.everything(), before)
@@ -186,6 +199,8 @@ def test_a_malformed_list_is_refused_by_name_before_anything_is_written(
         (Operands.combine_, "params", "hvps"),
         (Operands.combine_, "grads", "hvps"),
         (Operands.combine_, "grads", "backups"),
+        (Operands.shift_, "params", "backups"),
+        (Operands.shift_, "params", "hvps"),
         (Operands.decompose_, "grads", "grads_ahead"),
         (Operands.decompose_, "grads", "backups"),
         (Operands.decompose_, "grads_ahead", "hvps"),

@@ -92,6 +92,30 @@ def test_any_bits_round_to_those_of_the_reference(
     assert_same_numbers(results, perturbed(kernels.resolve("reference"), *others, rounding_seed))
 
 
+@settings(max_examples=10)
+@given(st.lists(st.builds(Spec, shapes, layouts), min_size=1, max_size=6), other_layouts, seeds, rounding_seeds)
+@narrow
+@pytest.mark.parametrize("with_lists", [False, True])
+def test_shift_rounds_to_the_bits_of_the_reference(
+    backend: Backend,
+    device: torch.device,
+    with_lists: bool,
+    narrow: torch.dtype,
+    specs: list[Spec],
+    layouts: list[str],
+    seed: int,
+    rounding_seed: int,
+) -> None:
+    draw = Draw(narrow, device, seed)
+    params, ends = draw.normal(specs), draw.normal(relaid(specs, layouts))
+    origins, starts = (draw.normal(specs) if with_lists else [] for _ in range(2))
+    others, norm = copies(params), draw.norm(2.0)
+    backend.shift_(params, origins, ends, starts, norm, **EXACT, rounding_seed=rounding_seed)
+    reference = kernels.resolve("reference")
+    reference.shift_(others, origins, ends, starts, norm, **EXACT, rounding_seed=rounding_seed)
+    assert_same_bits(params, others)
+
+
 def test_a_seed_changes_nothing_for_wide_parameters(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
     results = []
     for rounding_seed in (None, 0, 5):
