@@ -25,7 +25,6 @@ adds ξ elsewhere than here; with ξ = 1e-12 that is lost in rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +36,7 @@ from torch.optim import Optimizer
 
 from gam_fused import arguments
 from gam_fused.closures import Closure, Evaluation, evaluate, evaluate_again
-from gam_fused.kernels.grouping import buckets, global_norm, global_projection, take
+from gam_fused.kernels.grouping import buckets, global_difference_norm, global_norm, global_projection, take
 from gam_fused.kernels.interface import accumulation_dtype
 from gam_fused.kernels.rules import FourGradients
 from gam_fused.landing import Active, Landing, LandingOptimizer
@@ -205,27 +204,23 @@ class AcceleratedGAM(LandingOptimizer):
             losses.append(here.loss)
             return active.of(here)
 
-        g0 = active.of(at_theta)
-        grad_norm = self._move(transaction, active, _copies(g0), "rho_prime")  # θ + ρ′ g0 / (‖g0‖ + ξ)
-        g1 = gradient()
-        transaction.move_back()  # θ
-        directions = list(torch._foreach_sub(g1, g0)) if g0 else []
-        ascent_norm = self._move(transaction, active, directions, "rho")  # θ_adv = θ + ρ f / (‖f‖ + ξ), f = g1 − g0
-        g2 = gradient()
-        adversarial_norm = self._move(transaction, active, _copies(g2), "rho_prime")  # θ_adv + ρ′ g2 / (‖g2‖ + ξ)
-        g3 = gradient()
-        gradients = (g0, g1, g2, g3)
-        return _Course(active, gradients, directions, losses, grad_norm, ascent_norm, adversarial_norm)
+        def uphill(length: str) -> tuple[list[float], list[float]]:
+            lengths = [-r if up else r for r, up in zip(active.values(length), active.maximizes, strict=True)]
+            return lengths, active.xis
 
-    def _move(self, transaction: Transaction, active: Active, directions: list[Tensor], length: str) -> Tensor:
-        """Move by ``length`` along the directions, whose memory holds the way back from now on. Returns their norm."""
-        norm = global_norm(self._kernels, directions)
-        # Uphill in what the base optimizer minimizes.
-        lengths = [-r if up else r for r, up in zip(active.values(length), active.maximizes, strict=True)]
-        # A launch divides by ‖d‖ + ξ′ (‖g‖ + ξ′), which is ‖d‖ + ξ for ‖g‖ = 0.
-        roots = list(map(math.sqrt, active.xis))
-        transaction.move(active.params, directions, norm, torch.zeros_like(norm), lengths, roots)
-        return norm
+        params, g0 = active.params, active.of(at_theta)
+        theta = transaction.keep(params)
+        grad_norm = global_norm(self._kernels, g0)
+        transaction.shift(params, g0, grad_norm, *uphill("rho_prime"))  # θ + ρ′ g0 / (‖g0‖ + ξ)
+        g1 = gradient()
+        ascent_norm = global_difference_norm(self._kernels, g1, g0)
+        # θ_adv = θ + ρ (g1 − g0) / (‖g1 − g0‖ + ξ)
+        transaction.shift(params, g1, ascent_norm, *uphill("rho"), starts=g0, origins=theta)
+        g2 = gradient()
+        adversarial_norm = global_norm(self._kernels, g2)
+        transaction.shift(params, g2, adversarial_norm, *uphill("rho_prime"))  # θ_adv + ρ′ g2 / (‖g2‖ + ξ)
+        g3 = gradient()
+        return _Course(active, (g0, g1, g2, g3), theta, losses, grad_norm, ascent_norm, adversarial_norm)
 
     def _descend(self, transaction: Transaction, course: _Course) -> None:
         """Restore θ and let the base optimizer step along h⁺ − γ h⊥."""
@@ -242,7 +237,7 @@ class AcceleratedGAM(LandingOptimizer):
         norms = [course.grad_norm, course.ascent_norm, course.adversarial_norm, plus_norm, perpendicular_norm]
         # The launch that lands adds α ρ / (norm + ξ) times its fourth list to the third.
         penalties = [(1.0, -gamma, 0.0) for gamma in active.values("gamma")]
-        landing = Landing(active, penalties, course.backups, plus, perpendicular, torch.ones_like(plus_norm))
+        landing = Landing(active, penalties, course.theta, plus, perpendicular, torch.ones_like(plus_norm))
         self._land(transaction, landing, [*course.losses, *norms, *quotients], plus_norm, perpendicular_norm)
 
     def _weights(self, alpha: float, beta: float) -> tuple[float, float, float, float]:
@@ -280,12 +275,8 @@ class _Course:
 
     active: Active
     gradients: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-    backups: list[Tensor]
+    theta: list[Tensor]
     losses: list[Tensor]
     grad_norm: Tensor
     ascent_norm: Tensor
     adversarial_norm: Tensor
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]

@@ -24,9 +24,9 @@ class _Move(NamedTuple):
 class Transaction:
     """Everything that a step may change before it is sure to succeed, and how to put it back.
 
-    Moves parameters with the swap of :meth:`Backend.perturb_` (the direction buffer becomes the backup) and keeps the
-    way back; keeps random states, buffers (:class:`Replay`) and ``.grad``. :meth:`roll_back` is safe at every moment,
-    in the middle of a move included.
+    Moves parameters with the swap of :meth:`Backend.perturb_` (the direction buffer becomes the backup) or, from copies
+    on, with :meth:`Backend.shift_`, and keeps the way back; keeps random states, buffers (:class:`Replay`) and
+    ``.grad``. :meth:`roll_back` is safe at every moment, in the middle of a move included.
 
     Args:
         backend: moves and restores.
@@ -74,6 +74,36 @@ class Transaction:
                 self._moves.append(_Move(moved, backups, [param._version for param in moved]))
                 seed = self.rounding_seed()
                 self._backend.perturb_(moved, backups, direction_norm, grad_norm, rho, xi, rounding_seed=seed)
+        _forget_derived_weights()
+
+    def keep(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of the parameters, which :meth:`shift` may move from now on."""
+        copies = [torch.empty_like(param, requires_grad=False) for param in params]
+        for indices in buckets(params).values():
+            kept, backups = take(params, indices), take(copies, indices)
+            self._backend.restore_(backups, kept)
+            # Noted after the copy, and before the first launch that moves them.
+            self._moves.append(_Move(kept, backups, [param._version for param in kept]))
+        return copies
+
+    def shift(
+        self,
+        params: Sequence[Tensor],
+        ends: Sequence[Tensor],
+        norm: Tensor,
+        rhos: Sequence[float],
+        xis: Sequence[float],
+        *,
+        starts: Sequence[Tensor] = (),
+        origins: Sequence[Tensor] = (),
+    ) -> None:
+        """θ + ρ d / (‖d‖ + ξ) for d = ends (− starts), where θ are the origins or the parameters themselves."""
+        for (_, _, rho, xi), at in buckets(params, list(zip(rhos, xis, strict=True))).items():
+            moved, along = take(params, at), take(ends, at)
+            begin, start = (take(tensors, at) if tensors else [] for tensors in (origins, starts))
+            with uninterrupted():  # between writing and counting, a version would say that nothing was written
+                seed = self.rounding_seed()
+                self._backend.shift_(moved, begin, along, start, norm, rho, xi, rounding_seed=seed)
         _forget_derived_weights()
 
     def rounding_seed(self) -> int | None:

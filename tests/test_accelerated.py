@@ -442,8 +442,8 @@ def test_a_loss_that_reaches_none_of_the_parameters_leaves_them_alone() -> None:
     assert (optimizer.steps, float(optimizer.metrics["skipped_steps"])) == (1, 0.0)
 
 
-def test_four_launches_of_the_native_operators_end_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norm and move thrice, one restoration; then the sums, the decomposition, and the landing."""
+def test_a_step_is_ten_launches_of_the_native_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """θ kept; a norm and a shift, thrice; the sums, the decomposition, and the landing."""
     if kernels.available()["native"] is not None:
         pytest.skip(str(kernels.available()["native"]))
     calls: list[str] = []
@@ -457,5 +457,6 @@ def test_four_launches_of_the_native_operators_end_a_step(monkeypatch: pytest.Mo
     problem = problems.gelu_network()
     params = problem.leaves()
     AcceleratedGAM(params, backend="native", lr=0.1).step(lambda: problem.loss(params))
-    move = ["l2_norm", "perturb_"]
-    assert calls == [*move, "restore_", *move, *move, "projection", "decompose_", "sgd_step_"]
+    ahead = ["l2_norm", "shift_"]
+    ascent = ["difference_norm", "shift_"]
+    assert calls == ["restore_", *ahead, *ascent, *ahead, "projection", "decompose_", "sgd_step_"]

@@ -463,11 +463,17 @@ def _ctrl_c_raises() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ctrl_c_raises")
-@over_modes
-def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(mode: str) -> None:
-    """A real SIGINT at every line of the package that a step runs, at its first and its last turn."""
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [*((mode, "foreach") for mode in MODES), *((mode, "native") for mode in ["accelerated"] if "native" in BACKENDS)],
+)
+def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(mode: str, backend: str) -> None:
+    """A real SIGINT at every line of the package that a step runs, at its first and its last turn.
+
+    At every turn around native launches, which write first and count what they have written in a line of its own.
+    """
     task = Task()
-    optimizer = build(task, "foreach", mode=mode)
+    optimizer = build(task, backend, mode=mode)
     task.step(optimizer)
     start = copy.deepcopy((task, optimizer))
     random_state = torch.get_rng_state()
@@ -480,7 +486,7 @@ def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(mode: str) -> None:
         turns.setdefault(line, []).append(turn)
     outcomes = set()
     for line, at in turns.items():
-        for turn in {at[0], at[-1]}:
+        for turn in at if line[0] == "/kernels/native.py" else {at[0], at[-1]}:
             task, optimizer = copy.deepcopy(start)
             torch.set_rng_state(random_state)
             interrupted_at(turn, lambda task=task, optimizer=optimizer: task.step(optimizer))  # type: ignore[misc]
