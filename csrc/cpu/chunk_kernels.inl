@@ -392,18 +392,55 @@ inline __attribute__((always_inline)) void mix_block(accumulation_t<T>* __restri
     }
 }
 
+// What a SumOfProducts each of minus · plus, plus · plus and minus · minus would add up, to the bit, but every number
+// is loaded and widened once: conversions are most of the work.
+struct SumsOfProducts {
+    SumOfProducts dot, plus_squared, minus_squared;
+
+    template <typename A>
+    inline __attribute__((always_inline)) void add(const A* plus, const A* minus, int64_t size) {
+        Lanes of_dot[4], of_plus[4], of_minus[4];
+        for (int k = 0; k < 4; ++k) {
+            of_dot[k] = dot.sums[k], of_plus[k] = plus_squared.sums[k], of_minus[k] = minus_squared.sums[k];
+        }
+        const auto add_lanes = [&](int k, const A* p, const A* m) {
+            Lanes plus_lanes, minus_lanes;
+            load_lanes(plus_lanes, p);
+            load_lanes(minus_lanes, m);
+            of_dot[k] += minus_lanes * plus_lanes;
+            of_plus[k] += plus_lanes * plus_lanes;
+            of_minus[k] += minus_lanes * minus_lanes;
+        };
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+            add_lanes(0, plus + i, minus + i);
+            add_lanes(1, plus + i + kLanes, minus + i + kLanes);
+            add_lanes(2, plus + i + 2 * kLanes, minus + i + 2 * kLanes);
+            add_lanes(3, plus + i + 3 * kLanes, minus + i + 3 * kLanes);
+        }
+        for (; i < size; i += kLanes) {
+            A rest_of_plus[kLanes] = {}, rest_of_minus[kLanes] = {};
+            const auto bytes = sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes);
+            __builtin_memcpy(rest_of_plus, plus + i, bytes);
+            __builtin_memcpy(rest_of_minus, minus + i, bytes);
+            add_lanes(0, rest_of_plus, rest_of_minus);
+        }
+        for (int k = 0; k < 4; ++k) {
+            dot.sums[k] = of_dot[k], plus_squared.sums[k] = of_plus[k], minus_squared.sums[k] = of_minus[k];
+        }
+    }
+};
+
 template <typename T>
 MixedSums mixed_sums_of(const GradientsChunk& chunk, int64_t size, const Weights<double>& exact_weights) {
     const auto weights = weights_in<accumulation_t<T>>(exact_weights);
-    SumOfProducts dot, plus_squared, minus_squared;
+    SumsOfProducts sums;
     for_each_block(size, [&](int64_t begin, int64_t block_size) {
         accumulation_t<T> plus[kBlock], minus[kBlock];
         mix_block<T>(plus, minus, chunk, begin, block_size, weights);
-        dot.add(minus, plus, block_size);
-        plus_squared.add(plus, plus, block_size);
-        minus_squared.add(minus, minus, block_size);
+        sums.add(plus, minus, block_size);
     });
-    return {dot.total(), plus_squared.total(), minus_squared.total()};
+    return {sums.dot.total(), sums.plus_squared.total(), sums.minus_squared.total()};
 }
 
 MixedSums mixed_sums(Dtype dtype, const GradientsChunk& chunk, int64_t size, const Weights<double>& weights) {
