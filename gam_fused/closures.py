@@ -7,6 +7,7 @@ Nothing is patched, and when the closure returns or raises, nothing is left behi
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from gam_fused.derivatives import Gradients
+from gam_fused.derivatives import Differentiated, Gradients
 from gam_fused.replay import Replay
 from gam_fused.second_order import rerouting
 
@@ -38,10 +39,25 @@ class Evaluation:
     ``fills_grads``: whether the closure differentiated it itself, or wrote into ``.grad`` in another way.
     """
 
-    def __init__(self, loss: Tensor, gradients: Gradients, *, fills_grads: bool = False) -> None:
+    def __init__(self, loss: Tensor, gradients: Differentiated, *, fills_grads: bool = False) -> None:
         self.loss = loss
         self.gradients = gradients
         self.fills_grads = fills_grads
+
+
+class SelfDifferentiating(ABC):
+    """A closure that comes with its derivatives: :func:`evaluate` asks for them instead of running it."""
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """The loss, with its graph, for whoever takes this for a plain closure."""
+
+    @abstractmethod
+    def differentiate(self, params: Sequence[Tensor], replay: Replay, *, twice: bool) -> tuple[Tensor, Differentiated]:
+        """The loss and its gradient by ``params``; with ``twice``, the product of the Hessian with it, too.
+
+        Buffers that this changes are to be told to ``replay`` before they are.
+        """
 
 
 def evaluate(
@@ -59,7 +75,8 @@ def evaluate(
     ``"off"``.
 
     Three kinds of closure are understood: one that returns a scalar loss; an ordinary one that also calls
-    ``zero_grad()`` and ``loss.backward()``; and one that calls ``backward()`` several times, whose loss is the sum.
+    ``zero_grad()`` and ``loss.backward()``; and one that calls ``backward()`` several times, whose loss is the sum. A
+    :class:`SelfDifferentiating` one is taken at its word.
 
     Raises:
         TypeError: the closure returned something other than a tensor.
@@ -68,6 +85,10 @@ def evaluate(
     replay.begin_pass()
     for param in params:
         param.grad = None
+    if isinstance(closure, SelfDifferentiating):
+        loss, derivatives = closure.differentiate(params, replay, twice=create_graph)
+        replay.end_pass()
+        return Evaluation(_scalar(loss), derivatives, fills_grads=True)
     again = _Again(reroutes=second_order == "auto") if create_graph else None
     gradients = Gradients(params, create_graph=create_graph, forward_context=again.context if again else nullcontext)
     interception = _Interception(params, gradients, replay, again)

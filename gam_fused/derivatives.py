@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,17 @@ class NoSecondDerivative(RuntimeError):
             f"{reason}. {way_out}, or use hvp='finite_difference', which needs first derivatives only, or hvp='auto', "
             "which turns to finite differences by itself."
         )
+
+
+class Differentiated(Protocol):
+    """The gradient of a loss, and its second derivative; see :class:`Gradients`."""
+
+    @property
+    def total(self) -> Sequence[Tensor | None]:
+        """∇L by parameter, detached; ``None`` where the loss does not depend on the parameter."""
+
+    def hvp(self, indices: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for the parameters at ``indices``, by double backward; may be called once."""
 
 
 class Gradients:

@@ -44,14 +44,14 @@ def group_norm(
     if (
         is_differentiated(input, weight, bias)
         and not is_cast_by_autocast(input, weight, bias)
-        and _is_valid(input, num_groups, weight, bias)
+        and is_valid(input, num_groups, weight, bias)
     ):
         kept = memory_format(input) if input.device.type == "cpu" else torch.contiguous_format
         return normalize(GroupNorm(num_groups, eps), input.contiguous(memory_format=kept), weight, bias)
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
-def _is_valid(input: Tensor, num_groups: int, *parameters: Tensor | None) -> bool:
+def is_valid(input: Tensor, num_groups: int, *parameters: Tensor | None) -> bool:
     """Whether ``torch.nn.functional.group_norm`` has nothing to say against it; what it says is left to it."""
     if input.dim() < 2 or num_groups < 1 or input.shape[1] % num_groups != 0 or input.numel() == input.shape[1]:
         return False
