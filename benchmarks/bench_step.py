@@ -3,6 +3,7 @@
     python -m benchmarks.bench_step
     python -m benchmarks.bench_step --device cuda --models resnet-64,transformer,gpt2 --json step.json --csv step.csv
     python -m benchmarks.bench_step --quick --models mlp --contenders sgd,naive-gam,gam-exact --threads 2
+    python -m benchmarks.bench_step --models mlp,transformer --contenders sgd,sgd-compiled,gam-exact,gam-exact-compiled
     python -m benchmarks.bench_step --released-code ../GAM
 
 A step is everything from the mini-batch to the new weights: forward passes, derivatives and the update, by SGD with
@@ -19,6 +20,9 @@ parameters differ after one step, the benchmark fails. So it does when a contend
 is not finite, or moves none. Contenders and models that cannot be had have rows that say why; for all that there are,
 
     pip install -e ".[bench]"
+
+Contenders whose names end in `compiled` are compiled by Inductor, which takes minutes for each model and is not
+measured; they have to be asked for.
 
 Attention runs on whichever of PyTorch's kernels it chooses, except where it is differentiated twice.
 """
@@ -41,6 +45,7 @@ from benchmarks.bench_kernels import names_out_of
 from benchmarks.packages import NotInstalled, first_line
 from benchmarks.step_contenders import (
     ALPHA,
+    COMPILED,
     CONTENDERS,
     DERIVATIVES,
     EXACT,
@@ -80,7 +85,7 @@ class Row:
     host_ms: float | None = None  # until the call came back, on devices that do the work by themselves
     times_sgd: float | None = None
     times_gradient: float | None = None
-    operators: float | None = None  # a fraction where steps differ
+    operators: float | None = None  # a fraction where steps differ; of a compiled graph, none
     peak_bytes: int | None = None
     kept_bytes: int | None = None
     not_run: str | None = None  # why
@@ -162,7 +167,7 @@ def _size(of: Problem) -> tuple[int, int]:
 def _costs(contender: str, run: Run, of: Problem, device: torch.device, settings: Settings) -> dict[str, Any]:
     memory = step_memory(lambda: CONTENDERS[contender](of.copy(), settings).call, device)
     return {
-        "operators": count_operators(run.call) / run.steps,
+        "operators": None if run.is_graph else count_operators(run.call) / run.steps,
         "peak_bytes": memory.peak,
         "kept_bytes": memory.kept,
     }
@@ -241,7 +246,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--models", type=names_out_of(MODELS), help=f"out of {','.join(MODELS)} (default: all but gpt2, tiny)"
     )
     parser.add_argument(
-        "--contenders", type=names_out_of(CONTENDERS), help=f"out of {','.join(CONTENDERS)} (default: all of them)"
+        "--contenders",
+        type=names_out_of(CONTENDERS),
+        help=f"out of {','.join(CONTENDERS)} (default: all but {','.join(COMPILED)})",
     )
     parser.add_argument("--released-code", type=Path, metavar="DIR", help="a checkout of the authors' code, to be run")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
@@ -258,7 +265,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args(arguments)
     options.models = options.models or list(QUICK_MODELS if options.quick else DEFAULT_MODELS)
-    options.contenders = options.contenders or list(CONTENDERS)
+    options.contenders = options.contenders or [name for name in CONTENDERS if name not in COMPILED]
     options.repeats = options.repeats or (3 if options.quick else 15)
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here")

@@ -56,6 +56,8 @@ class Run:
 
     call: Callable[[], object]
     steps: int = 1
+    is_graph: bool = False
+    """Whether it runs what a compiler has made of the operators, so that counting those dispatched says nothing."""
 
 
 # ---------------------------------------------------------------- derivatives alone
@@ -112,6 +114,13 @@ def _backward(optimizer: Any, problem: Problem) -> Tensor:
     return loss
 
 
+def sgd_compiled(problem: Problem, settings: Settings, backend: str = "inductor") -> Run:
+    """The base optimizer alone on a loss under ``torch.compile``: the fair rival of compiled steps."""
+    optimizer = SGD(problem.params, **settings.sgd)
+    own = replace(problem, model=torch.compile(problem.model, fullgraph=True, backend=backend))
+    return Run(lambda: optimizer.step(partial(_backward, optimizer, own)), is_graph=True)
+
+
 def naive_gam(problem: Problem, settings: Settings) -> Run:
     """GAM as it stands in the paper, in plain PyTorch, a tensor at a time: the honest baseline."""
     params = problem.params
@@ -161,6 +170,13 @@ def accelerated_gam(problem: Problem, settings: Settings) -> Run:
     """This package's Algorithm 2: four gradients, no second derivative."""
     optimizer = AcceleratedGAM(problem.params, SGD, model=problem.model, **settings.sgd)
     return Run(partial(optimizer.step, problem.loss))
+
+
+def gam_compiled(problem: Problem, settings: Settings, backend: str = "inductor") -> Run:
+    """This package's, with loss, gradient and Hessian-vector product in one graph."""
+    optimizer = GAM(problem.params, SGD, rho=RHO, alpha=ALPHA, xi=XI, **settings.sgd)
+    step = optimizer.compile(lambda inputs, targets: problem.loss_of(problem.model(inputs), targets), backend=backend)
+    return Run(lambda: step(problem.inputs, problem.targets), is_graph=True)
 
 
 def sam_of_pytorch_optimizer(problem: Problem, settings: Settings) -> Run:
@@ -230,6 +246,7 @@ def _module_of_released_code(folder: Path | None) -> ModuleType:
 Build = Callable[[Problem, Settings], Run]
 
 GRADIENT, SGD_NAME, NAIVE = "gradient", "sgd", "naive-gam"
+SGD_COMPILED, GAM_COMPILED = "sgd-compiled", "gam-exact-compiled"
 DERIVATIVES: dict[str, Build] = {
     GRADIENT: gradient,
     "gradient-hvp": gradient_and_hvp,
@@ -246,10 +263,14 @@ STEPS: dict[str, Build] = {
     "accelerated-gam": accelerated_gam,
     "gam-finite-difference": partial(gam, hvp="finite_difference"),
     f"gam-exact-interval-{INTERVAL}": partial(gam, interval=INTERVAL),
+    SGD_COMPILED: sgd_compiled,
+    GAM_COMPILED: gam_compiled,
 }
 CONTENDERS = {**DERIVATIVES, **STEPS}
+# On request only: Inductor takes minutes for each model, before anything is measured.
+COMPILED = (SGD_COMPILED, GAM_COMPILED)
 # Those that compute what the naive one does, step by step.
-EXACT = ("gam-exact", "gam-exact-second-order-off")
+EXACT = ("gam-exact", "gam-exact-second-order-off", GAM_COMPILED)
 
 
 # ---------------------------------------------------------------- checks before anything is measured

@@ -20,8 +20,8 @@ from benchmarks import bench_step
 from benchmarks.packages import NotInstalled, imported
 from benchmarks.step_contenders import (
     ALPHA,
+    COMPILED,
     CONTENDERS,
-    EXACT,
     INTERVAL,
     NAIVE,
     RHO,
@@ -32,6 +32,8 @@ from benchmarks.step_contenders import (
     WrongStep,
     difference_from_naive,
     gam,
+    gam_compiled,
+    sgd_compiled,
     start,
 )
 from benchmarks.step_costs import count_operators, step_memory
@@ -408,6 +410,21 @@ def test_run_leaves_a_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "gam-finite-difference" in printed
 
 
+def test_compiled_contenders_are_compared_and_timed_but_their_operators_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, build in zip(COMPILED, (sgd_compiled, gam_compiled), strict=True):
+        monkeypatch.setitem(CONTENDERS, name, partial(build, backend="eager"))
+    content, _ = run(tmp_path, "--models", "tiny", "--contenders", ",".join(COMPILED))
+    (check,) = content["checks"]
+    assert (check["contender"], check["not_run"]) == ("gam-exact-compiled", None)
+    assert [row["contender"] for row in content["rows"]] == list(COMPILED)
+    for row in content["rows"]:
+        assert row["not_run"] is row["operators"] is None
+        assert row["median_ms"] > 0
+        assert row["peak_bytes"] > 0
+
+
 def test_what_cannot_be_had_has_rows_that_say_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,7 +437,7 @@ def test_what_cannot_be_had_has_rows_that_say_why(
         "--models",
         "mlp,tiny,vit",
         "--contenders",
-        ",".join(["sgd", *OF_OTHERS, *EXACT, "released-gam", "gam-finite-difference"]),
+        ",".join(["sgd", *OF_OTHERS, "gam-exact", "released-gam", "gam-finite-difference"]),
     )
     rows = {(row["model"], row["contender"]): row for row in content["rows"]}
     printed = capsys.readouterr().out
@@ -454,7 +471,7 @@ def test_quick_means_few_repeats_of_small_models_unless_told_otherwise() -> None
     assert (told.models, told.repeats) == (["gpt2"], 3)
     assert "tiny" not in plain.models
     assert set(quick.models) < set(plain.models)
-    assert plain.contenders == list(CONTENDERS)
+    assert plain.contenders == [name for name in CONTENDERS if name not in COMPILED]
     assert plain.repeats > quick.repeats
 
 
