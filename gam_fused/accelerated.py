@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from gam_fused import arguments
 from gam_fused.closures import Closure, Evaluation, evaluate, evaluate_again
+from gam_fused.compiled import Compiling
 from gam_fused.kernels.grouping import buckets, global_difference_norm, global_norm, global_projection, take
 from gam_fused.kernels.interface import accumulation_dtype
 from gam_fused.kernels.rules import FourGradients
@@ -53,7 +54,7 @@ DEFAULT_XI = 1e-12
 FORMS = ("paper", "released_code")
 
 
-class AcceleratedGAM(LandingOptimizer):
+class AcceleratedGAM(Compiling, LandingOptimizer):
     """GAM out of four first-order gradients a step, around any base optimizer.
 
     Example::
@@ -66,8 +67,8 @@ class AcceleratedGAM(LandingOptimizer):
     settings of one mean nothing to the other. On networks with kinks, such as ReLU, a difference of gradients sees the
     kinks, which a second derivative does not.
 
-    The closure is run four times per step, so it must not draw new data. Closures, guarantees, checkpoints and back
-    ends are those of :class:`gam_fused.GAM`; there is no form without a closure.
+    The closure is run four times per step, so it must not draw new data. Closures, compiled steps, guarantees,
+    checkpoints and back ends are those of :class:`gam_fused.GAM`; there is no form without a closure.
 
     The names of the released code's arguments, and where they are found here: ``grad_norm_rho`` is ``rho``,
     ``grad_rho`` is ``rho_prime``, ``grad_beta_1`` is ``alpha`` (its script sets ``grad_beta_3`` to 1 − that),

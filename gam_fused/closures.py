@@ -53,9 +53,12 @@ class SelfDifferentiating(ABC):
         """The loss, with its graph, for whoever takes this for a plain closure."""
 
     @abstractmethod
-    def differentiate(self, params: Sequence[Tensor], replay: Replay, *, twice: bool) -> tuple[Tensor, Differentiated]:
+    def differentiate(
+        self, params: Sequence[Tensor], replay: Replay, *, twice: bool, reroutes: bool
+    ) -> tuple[Tensor, Differentiated]:
         """The loss and its gradient by ``params``; with ``twice``, the product of the Hessian with it, too.
 
+        That one by the layers of :mod:`gam_fused.second_order`, if it ``reroutes``.
         Buffers that this changes are to be told to ``replay`` before they are.
         """
 
@@ -86,7 +89,7 @@ def evaluate(
     for param in params:
         param.grad = None
     if isinstance(closure, SelfDifferentiating):
-        loss, derivatives = closure.differentiate(params, replay, twice=create_graph)
+        loss, derivatives = closure.differentiate(params, replay, twice=create_graph, reroutes=second_order == "auto")
         replay.end_pass()
         return Evaluation(_scalar(loss), derivatives, fills_grads=True)
     again = _Again(reroutes=second_order == "auto") if create_graph else None

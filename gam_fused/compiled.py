@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from enum import Enum
 from functools import partial
 from itertools import count
 from types import FunctionType
@@ -31,12 +32,76 @@ _numbers = count()
 class _TakesSteps(Protocol):
     def step(self, closure: Closure) -> Tensor: ...
 
+    def _check_can_compile(self) -> None: ...
+
+
+class Compiling:
+    """An optimizer with compiled steps."""
+
+    def compile(
+        self: _TakesSteps,
+        loss_fn: LossFunction,
+        *,
+        backend: str | Compiler = "inductor",
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        dynamic: bool | None = None,
+    ) -> CompiledStep:
+        """A step whose loss and derivatives are computed in one graph by ``torch.compile``.
+
+        Example::
+
+            step = optimizer.compile(lambda x, y: criterion(model(x), y))
+            for x, y in loader:
+                loss = step(x, y)
+
+        The steps are those of :meth:`step` with the same loss, up to rounding, with everything that it guarantees; the
+        two may be mixed. Each pass runs the graph once: for the loss, its gradient and, where the step takes second
+        derivatives, the Hessian-vector product. It is compiled in the first step, which may take minutes, and again
+        when something changes that it depends on: see :attr:`CompiledStep.recompilations`. Dropout masks are the same
+        in all passes of a step, but Inductor draws others than eager PyTorch unless ``options={"fallback_random":
+        True}``. Buffers that the graph writes are found without ``model``.
+
+        Args:
+            loss_fn: of a mini-batch, in any arguments; returns the loss, one real number as a tensor of any float
+                dtype. What ``torch.compile(fullgraph=True)`` can capture. It must not call ``backward()``; the sum of
+                the losses of micro-batches is a loss. Modules that are under ``torch.compile`` already become part of
+                the graph.
+            backend: as for ``torch.compile``: a name or a function.
+            mode: Inductor's, as for ``torch.compile``; one that captures CUDA graphs is refused.
+            options: Inductor's, as for ``torch.compile``.
+            dynamic: as for ``torch.compile``. By default the second size of batch makes a graph for all sizes.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
+
+        A step raises ``RuntimeError`` where there is no such graph, naming the cause, and ``TypeError`` or
+        ``ValueError`` where ``loss_fn`` does not return a loss; never does it run without a graph. What a graph would
+        leave out is an error, too: hooks on parameters (``Tensor.register_hook``), and the gradients of what tensors
+        that are given to it have been computed from.
+        """
+        self._check_can_compile()
+        return CompiledStep(self, loss_fn, backend=backend, mode=mode, options=options, dynamic=dynamic)
+
+    def _check_can_compile(self) -> None:
+        """Raise ``ValueError`` where the optimizer has an option that a compiled step has not."""
+
+
+class _Kind(Enum):
+    """Of graphs."""
+
+    ONCE = "differentiated once"
+    BY_LAYERS = "differentiated twice, on the layers of this package"
+    BY_PYTORCH = "differentiated twice, on PyTorch's layers"
+
 
 class CompiledStep:
-    """What :meth:`gam_fused.GAM.compile` returns: ``step(*batch)`` takes one step and returns the loss at θ, detached.
+    """What ``optimizer.compile`` returns: ``step(*batch)`` takes one step and returns the loss at θ, detached.
+
+    Cannot be copied or pickled: checkpoints are the optimizer's and the model's.
 
     Attributes:
-        graphs: how many graphs have been compiled so far.
+        graphs: how many graphs have been compiled so far, those no longer in use included.
         recompilations: why, for each graph that took the place of another, in the words of ``torch.compile``. A batch
             of another size is the usual cause. From the third on, each is a warning, too.
     """
@@ -60,9 +125,7 @@ class CompiledStep:
         self.recompilations: list[str] = []
         self._optimizer = optimizer
         self._loss_fn = loss_fn
-        self._losses = {
-            twice: CompiledLoss(loss_fn, compiler, dynamic, self.recompilations, twice=twice) for twice in (False, True)
-        }
+        self._losses = {kind: CompiledLoss(loss_fn, compiler, dynamic, self.recompilations, kind) for kind in _Kind}
 
     @property
     def graphs(self) -> int:  # noqa: D102  # above
@@ -82,6 +145,12 @@ class CompiledStep:
                 )
         return loss
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a compiled step cannot be copied or pickled; copy or save the model and the optimizer, and compile a step "
+            "with them: optimizer.compile(loss_fn)."
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {type(self._optimizer).__name__} on {self._loss_fn!r}, {self.graphs} graphs"
 
@@ -92,7 +161,7 @@ class _OnBatch(SelfDifferentiating):
     def __init__(
         self,
         loss_fn: LossFunction,
-        losses: dict[bool, CompiledLoss],
+        losses: dict[_Kind, CompiledLoss],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
@@ -104,8 +173,11 @@ class _OnBatch(SelfDifferentiating):
     def __call__(self) -> Any:
         return self._loss_fn(*self._args, **self._kwargs)
 
-    def differentiate(self, params: Sequence[Tensor], replay: Replay, *, twice: bool) -> tuple[Tensor, Results]:
-        return self._losses[twice].differentiate(params, replay, self._args, self._kwargs)
+    def differentiate(
+        self, params: Sequence[Tensor], replay: Replay, *, twice: bool, reroutes: bool
+    ) -> tuple[Tensor, Results]:
+        kind = _Kind.ONCE if not twice else _Kind.BY_LAYERS if reroutes else _Kind.BY_PYTORCH
+        return self._losses[kind].differentiate(params, replay, self._args, self._kwargs)
 
 
 class CompiledLoss:
@@ -116,7 +188,7 @@ class CompiledLoss:
         compiler: see :class:`JointBackend`.
         dynamic: see ``torch.compile``.
         recompilations: is told the cause of each.
-        twice: whether H g is wanted.
+        kind: what is wanted.
     """
 
     def __init__(
@@ -125,13 +197,14 @@ class CompiledLoss:
         compiler: Compiler,
         dynamic: bool | None,
         recompilations: list[str],
-        *,
-        twice: bool,
+        kind: _Kind,
     ) -> None:
         self._loss_fn = loss_fn
         self._dynamic = dynamic
         self._log = _Log(recompilations)
-        self._backend = JointBackend(compiler, self._log.compiled, twice=twice)
+        self._backend = JointBackend(
+            compiler, self._log.compiled, twice=kind is not _Kind.ONCE, reroutes=kind is _Kind.BY_LAYERS
+        )
         self._compiled = self._anew()
 
     @property
@@ -158,14 +231,17 @@ class CompiledLoss:
             return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Results]:
+        import torch._dynamo.config
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+        # Or a forward hook of a module, registered after it has been compiled, would not run.
+        guards_hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
         refusal: Exception | None = None
         loss: Any = None
         # The derivatives are in the graph, and attention's fused kernels have no second one.
         plain = attention_by_matrix_products() if self._backend.twice else nullcontext()
         try:
-            with torch.enable_grad(), plain:
+            with torch.enable_grad(), plain, guards_hooks:
                 loss = self._compiled(*args, **kwargs)
         except _SwitchedOff:
             raise CannotCompile(
@@ -201,7 +277,7 @@ class _Log:
     def guard_failed(self, failure: Any) -> None:
         """Of a graph that there is, told newest first."""
         if self.cause is None:
-            self.cause = failure.reason.splitlines()[0].partition(": ")[2].partition("  # ")[0]
+            self.cause = failure.reason.splitlines()[0].partition(": ")[2].partition("  # ")[0].rstrip()
 
     def compiled(self) -> None:
         """A graph has been."""

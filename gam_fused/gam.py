@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from gam_fused import arguments
 from gam_fused.ascent import Keeping, KeptAscent, Reusing, loaded
 from gam_fused.closures import Closure, Evaluation, check_loss, differentiated, evaluate
-from gam_fused.compiled import CompiledStep
+from gam_fused.compiled import Compiling
 from gam_fused.derivatives import owned
 from gam_fused.finite_difference import finite_difference_hvp
 from gam_fused.kernels.grouping import global_norm, global_norm_pair
@@ -44,7 +44,7 @@ DEFAULT_ALPHA = 0.1
 DEFAULT_XI = 1e-12
 
 
-class GAM(SwitchingOptimizer):
+class GAM(Compiling, SwitchingOptimizer):
     """Gradient norm Aware Minimization around any base optimizer.
 
     Example::
@@ -320,48 +320,12 @@ class GAM(SwitchingOptimizer):
         norm = global_norm(self._kernels, vectors)
         return finite_difference_hvp(transaction, run, active.indices, active.params, vectors, norm, self.fd_epsilon)
 
-    def compile(
-        self,
-        loss_fn: Callable[..., Any],
-        *,
-        backend: str | Callable[..., Any] = "inductor",
-        mode: str | None = None,
-        options: dict[str, Any] | None = None,
-        dynamic: bool | None = None,
-    ) -> CompiledStep:
-        """A step whose loss, gradient and Hessian-vector product are computed in one graph by ``torch.compile``.
-
-        Example::
-
-            step = optimizer.compile(lambda x, y: criterion(model(x), y))
-            for x, y in loader:
-                loss = step(x, y)
-
-        The steps are those of :meth:`step` with the same loss, up to rounding, with everything that it guarantees; the
-        two may be mixed. Each pass runs the graph once. It is compiled in the first step, which may take minutes, and
-        again when something changes that it depends on: see :attr:`CompiledStep.recompilations`. Dropout masks are the
-        same in both passes, but Inductor draws others than eager PyTorch unless ``options={"fallback_random": True}``.
-        Buffers that the graph writes are found without ``model``.
-
-        Args:
-            loss_fn: of a mini-batch, returns the scalar loss; what ``torch.compile(fullgraph=True)`` can capture. It
-                must not call ``backward()``. Modules that are under ``torch.compile`` already become part of the graph.
-            backend: as for ``torch.compile``: a name or a function.
-            mode: Inductor's, as for ``torch.compile``; one that captures CUDA graphs is refused.
-            options: Inductor's, as for ``torch.compile``.
-            dynamic: as for ``torch.compile``. By default the second size of batch makes a graph for all sizes.
-
-        Raises:
-            TypeError, ValueError: an argument is not as above.
-
-        A step raises ``RuntimeError`` where there is no such graph, naming the cause; never does it run without one.
-        """
+    def _check_can_compile(self) -> None:
         if self.batch_fraction < 1:
             raise ValueError(
                 f"compiled steps need batch_fraction=1, got {self.batch_fraction!r}; use step(closure) to have the "
                 "ascent from a part of the batch."
             )
-        return CompiledStep(self, loss_fn, backend=backend, mode=mode, options=options, dynamic=dynamic)
 
     @torch.no_grad()
     def first_step(self, loss: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule
 
 from gam_fused.closures import check_loss
-from gam_fused.derivatives import Gradients
+from gam_fused.derivatives import Gradients, owned
 from gam_fused.interrupts import uninterrupted
 from gam_fused.replay import Replay
 from gam_fused.second_order.in_graphs import LayersInGraphs
@@ -93,12 +93,16 @@ class JointBackend:
 
     Args:
         compiler: a backend, which compiles the joint graph.
-        twice: whether second derivatives are wanted.
         on_compile: called for each graph that has been compiled.
+        twice: whether second derivatives are wanted.
+        reroutes: whether those are to come from this package's layers, where that pays.
     """
 
-    def __init__(self, compiler: Compiler, on_compile: Callable[[], None], *, twice: bool) -> None:
+    def __init__(
+        self, compiler: Compiler, on_compile: Callable[[], None], *, twice: bool, reroutes: bool = True
+    ) -> None:
         self.twice = twice
+        self._reroutes = reroutes
         self.parameters: dict[int, int] = {}
         """By ``id`` of each parameter to differentiate by, its place in the results."""
         self.replay: Replay | None = None
@@ -146,7 +150,7 @@ class JointBackend:
         params = [leaves[i] for i in found.places]
         # A compiler looks for anomalies to learn which line an operator came from; an error would be a warning as well.
         with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
-            with LayersInGraphs() if self.twice else nullcontext():
+            with LayersInGraphs(reroutes=self._reroutes) if self.twice else nullcontext():
                 *outputs, loss = captured(*leaves)
             found.same = [next((i for i, leaf in enumerate(leaves) if leaf is output), None) for output in outputs]
             try:
@@ -192,6 +196,11 @@ class _JointGraph:
         backend = self._backend
         if _places(inputs, backend.parameters) != self._found.places:
             raise OtherParameters
+        try:
+            _check_beginnings(inputs, backend.parameters)
+        except CannotCompile as error:
+            backend.refusal = error
+            raise
         with torch.no_grad():
             values = self._run_telling_replay(inputs)
         outputs, n = self._outputs, len(self._found.places)
@@ -206,7 +215,10 @@ class _JointGraph:
         found: list[Tensor | None] = [None] * len(parameters)
         for i, value, given in zip(self._found.places, values, self._found.given, strict=True):
             if given:
-                found[parameters[id(inputs[i])]] = value
+                param = inputs[i]
+                # Twice differentiated, the step sees to it; else it is used, or written to, as it is.
+                (own,) = [value] if self._backend.twice else owned([value], [param])
+                found[parameters[id(param)]] = own
         return found
 
     def _run_telling_replay(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -239,6 +251,20 @@ def _places(inputs: Sequence[Any], parameters: dict[int, int]) -> list[int]:
     return [i for i, value in enumerate(inputs) if id(value) in parameters]
 
 
+def _check_beginnings(inputs: Sequence[Any], parameters: dict[int, int]) -> None:
+    """Raise where derivatives would go on, or be changed, beyond the graph."""
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            continue
+        if value._backward_hooks and (number := parameters.get(id(value))) is not None:
+            raise CannotCompile(f"parameter {number} has a hook (Tensor.register_hook), which a graph does not run")
+        if value.grad_fn is not None:
+            raise CannotCompile(
+                f"a tensor of shape {tuple(value.shape)} that it uses has been computed, outside of it, from something "
+                "that requires gradients, which a graph would not get (detach() it if it need not)"
+            )
+
+
 def _may_be_written(value: Any) -> bool:
     return (
         isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested and not value.is_inference()
@@ -246,8 +272,12 @@ def _may_be_written(value: Any) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether all values are; what is written through ``.data`` has no new version."""
-    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) and torch.equal(one.isnan(), other.isnan())
+    """Whether all bits are; what is written through ``.data`` has no new version."""
+    return torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _outputs(captured: GraphModule) -> Sequence[Any]:

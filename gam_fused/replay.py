@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class _Source:
         self._write(self._after)
 
 
+@dataclass
+class _Buffer:
+    tensor: Tensor
+    before: Tensor
+    after: Tensor
+
+
 class Replay:
     """Random states and buffers, before a step and after its first pass.
 
@@ -57,17 +65,14 @@ class Replay:
         # A module may write into a buffer, bind a new tensor to its name, or register a new name: all is to be undone.
         self._model = model
         self._bindings = self._bindings_after = _bindings(model)
-        self._buffers: dict[int, Tensor] = {}
-        self._before: list[Tensor] = []
-        self._after: list[Tensor] = []
+        self._buffers: dict[int, _Buffer] = {}
         self._watch_all(self._bindings)
 
     def watch_buffer(self, buffer: Tensor, before: Tensor | None = None) -> None:
         """Keep ``buffer``, which was ``before`` (or is now) what it was before the step. Telling twice is harmless."""
         if id(buffer) not in self._buffers and _is_writable(buffer) and not self._is_parameter(buffer):
-            self._buffers[id(buffer)] = buffer
-            self._before.append(buffer.detach().clone() if before is None else before)
-            self._after.append(self._before[-1])
+            value = buffer.detach().clone() if before is None else before
+            self._buffers[id(buffer)] = _Buffer(buffer, value, value)  # all at once: Ctrl-C may come between two lines
 
     def watch_generator(self, generator: torch.Generator) -> None:
         """Keep the state of a generator that the forward pass uses explicitly. Telling twice is harmless."""
@@ -89,18 +94,19 @@ class Replay:
             source.mark()
         self._bindings_after = _bindings(self._model)
         self._watch_all(self._bindings_after)
-        self._after = [buffer.detach().clone() for buffer in self._buffers.values()]
+        for buffer in self._buffers.values():
+            buffer.after = buffer.tensor.detach().clone()
 
     def rewind(self) -> None:
         """Back to the state before the step."""
         for source in self._sources:
             source.to_before()
-        self._write_buffers(self._bindings, self._before)
+        self._write_buffers(self._bindings, [buffer.before for buffer in self._buffers.values()])
 
     def finish(self) -> None:
         """On to the state after the first pass."""
         self.finish_random_states()
-        self._write_buffers(self._bindings_after, self._after)
+        self._write_buffers(self._bindings_after, [buffer.after for buffer in self._buffers.values()])
 
     @property
     def rebinds(self) -> bool:
@@ -110,18 +116,17 @@ class Replay:
             [(module, name, id(buffer)) for module, buffers in bindings for name, buffer in buffers.items()]
             for bindings in (self._bindings, self._bindings_after)
         ]
-        shapes = [[tensor.shape for tensor in tensors] for tensors in (self._before, self._after)]
-        return bound[0] != bound[1] or shapes[0] != shapes[1]
+        return bound[0] != bound[1] or any(
+            buffer.before.shape != buffer.after.shape for buffer in self._buffers.values()
+        )
 
     def finish_where(self, condition: Tensor) -> None:
         """As :meth:`finish`, but buffers stay as they were before the step where ``condition`` (0-d, bool) is false.
 
         Not for a pass that :attr:`rebinds`: the host has to know what a name stands for.
         """
-        self._after = [
-            torch.where(condition.to(after.device), after, before)
-            for after, before in zip(self._after, self._before, strict=True)
-        ]
+        for buffer in self._buffers.values():
+            buffer.after = torch.where(condition.to(buffer.after.device), buffer.after, buffer.before)
         self.finish()
 
     def finish_random_states(self) -> None:
@@ -145,7 +150,7 @@ class Replay:
             module._buffers.update(buffers)
         if values:
             with torch.no_grad():
-                torch._foreach_copy_(list(self._buffers.values()), values)
+                torch._foreach_copy_([buffer.tensor for buffer in self._buffers.values()], values)
 
 
 def _global_sources(devices: Iterable[torch.device]) -> list[_Source]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gam_fused.derivatives import NoSecondDerivative
 from gam_fused.landing import LandingOptimizer
 
-# From warnings.warn() to the caller of step(): the three functions here and in gam.py, and what PyTorch puts around
-# every step() of an optimizer.
-_STACK = 6
+# Between warnings.warn() and whoever takes a step stand functions of this package (more for a compiled step), and what
+# PyTorch puts around every step() of an optimizer (more of it with a scheduler).
+_INNER = tuple(os.path.join(os.path.dirname(path), "") for path in (__file__, torch.__file__))
 
 
 class SwitchingOptimizer(LandingOptimizer):
@@ -51,7 +54,7 @@ class SwitchingOptimizer(LandingOptimizer):
             f"{error.operator} has no second derivative ({error.reason}): hvp='auto' takes finite differences, in this "
             "step and in all later ones. On networks with kinks, such as ReLU, that is another algorithm, for which "
             "other hyper-parameters may suit. hvp='finite_difference' does the same without this warning.",
-            stacklevel=_STACK,
+            stacklevel=_stack_level(),
         )
         self.switched_by = error.operator
 
@@ -65,3 +68,11 @@ class SwitchingOptimizer(LandingOptimizer):
     def _header(self) -> str:
         in_use = f" ({self.hvp_in_use})" if self.hvp == "auto" else ""
         return f"{super()._header()}, hvp {self.hvp}{in_use}"
+
+
+def _stack_level() -> int:
+    """Of the code that takes the step, for a warning in the function that asks."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -29,13 +29,18 @@ from gam_fused.second_order.normalization import Needs, Operands, Saved, normali
 class LayersInGraphs(TorchFunctionMode):
     """Where functions of PyTorch run on these layers, for a forward pass that is traced with its derivatives.
 
-    Without the checks of :func:`gam_fused.second_order.layers`, which refuses to be traced.
+    Without the checks of :func:`gam_fused.second_order.layers`, which refuses to be traced. Without ``reroutes``, only
+    where PyTorch's own second derivatives are wrong.
     """
+
+    def __init__(self, *, reroutes: bool) -> None:
+        super().__init__()
+        self._table = _REPLACEMENTS if reroutes else _CORRECTIONS
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _REPLACEMENTS.get(func, func)(*args, **kwargs or {})
+        return self._table.get(func, func)(*args, **kwargs or {})
 
 
 class _BatchNorm(BatchNorm):
@@ -102,11 +107,11 @@ def _group_norm(
     return normalize(_GroupNorm(num_groups, eps), dense, weight, bias)
 
 
+_CORRECTIONS: dict[Callable[..., Any], Callable[..., Any]] = {**recurrent.REPLACEMENTS, **weight_norm.REPLACEMENTS}
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_CORRECTIONS,
     **convolution.REPLACEMENTS,
     **embedding.REPLACEMENTS,
-    **recurrent.REPLACEMENTS,
-    **weight_norm.REPLACEMENTS,
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     torch.batch_norm: lambda input, weight, bias, mean, var, training, momentum, eps, cudnn_enabled: _batch_norm(

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gam_fused import GAM
+from gam_fused import GAM, AcceleratedGAM
 from gam_fused.compiled import CompiledStep
 
 Loss = Callable[..., Tensor]
+AnyGAM = GAM | AcceleratedGAM
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "rho": 0.3, "alpha": 0.7}
 
@@ -59,11 +60,11 @@ def convolutions() -> Task:
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, 8)
         self.layer = nn.TransformerEncoderLayer(
-            8, 2, 16, dropout=0.3, activation="gelu", batch_first=True, norm_first=True
+            8, 2, 16, dropout=dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.head = nn.Linear(8, 3)
 
@@ -75,21 +76,21 @@ def transformer() -> Task:
     return Task(Attention(), torch.randint(11, (21, 4)))
 
 
-def compiled(optimizer: GAM, loss_fn: Loss, backend: Any = "eager", **options: Any) -> CompiledStep:
+def compiled(optimizer: AnyGAM, loss_fn: Loss, backend: Any = "eager", **options: Any) -> CompiledStep:
     """By a back end that compiles nothing, unless another is given: what Dynamo has captured runs as it is."""
     return optimizer.compile(loss_fn, backend=backend, **options)
 
 
-def plain(optimizer: GAM, loss_fn: Loss) -> Callable[..., Tensor]:
+def plain(optimizer: AnyGAM, loss_fn: Loss) -> Callable[..., Tensor]:
     """The same steps without a graph."""
-    return lambda *batch: optimizer.step(lambda: loss_fn(*batch))
+    return lambda *args, **kwargs: optimizer.step(lambda: loss_fn(*args, **kwargs))
 
 
-Course = Callable[[Task, GAM, Callable[..., Tensor]], Iterable[Tensor]]
+Course = Callable[[Task, Any, Callable[..., Tensor]], Iterable[Tensor]]
 """Takes steps and returns their losses."""
 
 
-def all_batches(task: Task, optimizer: GAM, step: Callable[..., Tensor]) -> list[Tensor]:
+def all_batches(task: Task, optimizer: AnyGAM, step: Callable[..., Tensor]) -> list[Tensor]:
     return [step(*batch) for batch in task.batches]
 
 
@@ -98,7 +99,7 @@ def assert_same_course(
     backend: Any = "eager",
     course: Course = all_batches,
     *,
-    build: Callable[[Task], GAM] = lambda task: GAM(task.model.parameters(), **SETTINGS),
+    build: Callable[[Task], AnyGAM] = lambda task: GAM(task.model.parameters(), **SETTINGS),
     tolerance: float = 1e-10,
     options: dict[str, Any] | None = None,
 ) -> CompiledStep:
@@ -127,7 +128,7 @@ def assert_same_course(
     return step
 
 
-def _left(task: Task, optimizer: GAM, losses: list[Tensor]) -> dict[str, Tensor]:
+def _left(task: Task, optimizer: AnyGAM, losses: list[Tensor]) -> dict[str, Tensor]:
     params = dict(task.model.named_parameters())
     grads = {f"{name}.grad": param.grad for name, param in params.items() if param.grad is not None}
     state = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gam_fused import GAM
+from gam_fused import GAM, AcceleratedGAM
 from gam_fused.joint_graph import JointBackend, loss_marker
 from tests.compiled.common import SETTINGS, Task, compiled, mlp
 from tests.states import assert_same, snapshot
@@ -106,6 +108,84 @@ def test_what_cannot_be_compiled_is_named_and_nothing_is_changed(kind: str, back
     assert optimizer.steps == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo, of a Function
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda params: GAM(params, hvp="finite_difference", **SETTINGS),
+        lambda params: AcceleratedGAM(params, lr=0.1),
+    ],
+    ids=["finite differences", "accelerated"],
+)
+def test_what_is_differentiated_once_may_be_a_function_of_the_user(build: Callable[[Any], Any]) -> None:
+    task = mlp()
+    twin = copy.deepcopy(task)
+    step = compiled(build(task.model.parameters()), loss_through(Cube.apply)(task), "aot_eager")
+    expected = build(twin.model.parameters())
+    for batch in 2 * task.batches[:1]:
+        loss = expected.step(lambda batch=batch: loss_through(Cube.apply)(twin)(*batch))
+        torch.testing.assert_close(step(*batch), loss, rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_of_a_parameter_is_an_error_while_it_is_there() -> None:
+    task = mlp()
+    optimizer = GAM(task.model.parameters(), **SETTINGS)
+    step = compiled(optimizer, task.loss)
+    step(*task.batches[0])
+    handle = task.model[0].bias.register_hook(lambda grad: 2 * grad)
+    before = snapshot(task.model, optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 1 has a hook .* optimizer\.step\(lambda"):
+        step(*task.batches[0])
+    assert_same(before, snapshot(task.model, optimizer))
+    handle.remove()
+    step(*task.batches[0])
+    assert optimizer.steps == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor is being accessed:UserWarning")  # by Dynamo
+def test_what_has_been_computed_outside_of_the_graph_is_an_error() -> None:
+    """Its gradient would be lost."""
+    task = mlp()
+    optimizer = GAM(task.model.parameters(), **SETTINGS)
+    inputs, labels = task.batches[0]
+    step = compiled(optimizer, lambda hidden, labels: F.cross_entropy(task.model[1:](hidden), labels))
+    hidden = task.model[0](inputs)
+    with pytest.raises(RuntimeError, match=r"shape \(8, 10\) .* outside of it.*detach\(\)"):
+        step(hidden, labels)
+    step(hidden.detach(), labels)
+    step(hidden.detach().requires_grad_(), labels)
+    assert optimizer.steps == 2
+
+
+def test_a_step_within_another_is_an_error_and_the_other_goes_on() -> None:
+    task = mlp()
+    optimizer = GAM(task.model.parameters(), **SETTINGS)
+    step = compiled(optimizer, task.loss)
+    with pytest.raises(RuntimeError, match="within a closure of the same optimizer"):
+        optimizer.step(lambda: step(*task.batches[0]))
+    with pytest.raises(RuntimeError, match="within a closure of the same optimizer"):
+        compiled(optimizer, lambda *batch: step(*batch).sum())(*task.batches[0])
+    assert optimizer.steps == 0
+    optimizer.first_step(task.loss(*task.batches[0]))
+    with pytest.raises(RuntimeError, match=r"between first_step\(\) and second_step\(\)"):
+        step(*task.batches[0])
+    optimizer.second_step(task.loss(*task.batches[0]))
+    step(*task.batches[0])
+    assert optimizer.steps == 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused_and_the_optimizers_are_not(duplicate: Callable[[Any], Any]) -> None:
+    """A copy would have parameters of its own, and the loss those of the original."""
+    task = mlp()
+    optimizer = GAM(task.model.parameters(), **SETTINGS)
+    step = compiled(optimizer, task.loss)
+    step(*task.batches[0])
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*optimizer\.compile\(loss_fn\)"):
+        duplicate(step)
+    duplicate(optimizer)
+
+
 def test_recurrent_networks_are_named() -> None:
     task = Task(Recurrent(), torch.randn(21, 4, 6))
     step = compiled(GAM(task.model.parameters(), **SETTINGS), task.loss)
@@ -162,8 +242,10 @@ def test_hvp_auto_turns_to_finite_differences_in_a_graph() -> None:
     task = mlp()
     optimizer = GAM(task.model.parameters(), hvp="auto", **SETTINGS)
     step = compiled(optimizer, loss_through(lambda x: x + torch.cdist(x, x).sum())(task))
-    with pytest.warns(UserWarning, match="cdist has no second derivative"):
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step()
+    with pytest.warns(UserWarning, match="cdist has no second derivative") as caught:
         step(*task.batches[0])
+    assert caught[0].filename == __file__
     step(*task.batches[1])
     assert optimizer.hvp_in_use == "finite_difference"
     assert optimizer.steps == 2

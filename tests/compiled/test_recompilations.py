@@ -58,6 +58,16 @@ def test_a_flag_of_the_model_makes_another_graph() -> None:
     assert "training" in cause
 
 
+def test_graphs_that_the_compiler_forgets_are_made_anew() -> None:
+    task = mlp()
+    optimizer = GAM(task.model.parameters(), **SETTINGS)
+    step = compiled(optimizer, task.loss)
+    step(*task.batches[0])
+    torch.compiler.reset()
+    step(*task.batches[0])
+    assert (step.graphs, len(step.recompilations), optimizer.steps) == (2, 1, 2)
+
+
 def test_many_compiled_steps_know_nothing_of_each_other() -> None:
     with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(4):

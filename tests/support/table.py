@@ -21,6 +21,9 @@ is made of the rows of those tests by `make support-table`; a test fails while i
 
 `hvp="auto"` begins as `"exact"` and turns to finite differences at the first **no** of the first column that the second
 one has a **yes** for.
+
+The steps are those of closures. A [compiled step](../README.md#compiled-steps) takes the same ones, of what
+`torch.compile` can capture in one graph, and of modules that are under `torch.compile` already.
 """
 
 
