@@ -16,6 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule
@@ -315,8 +316,13 @@ def _calling(function: Callable[..., Any], captured: GraphModule, count: int) ->
 
 
 def _simplify(captured: GraphModule, *, twice: bool) -> None:
-    """Take checkpoints away, and see to it that what is left can be differentiated twice if it has to be."""
+    """Take checkpoints away, and see to it that what is left can be differentiated, twice if it has to be."""
     for node in captured.graph.nodes:
+        if node.target in (F.embedding, F.embedding_bag) and _max_norm(*node.args, **node.kwargs) is not None:
+            raise CannotCompile(
+                "an embedding with max_norm scales its weights in the forward pass, and in a graph the derivatives "
+                "would go through that as if it were a part of the function"
+            )
         if not isinstance(node.target, HigherOrderOperator):
             continue
         if (name := node.target.name()) in _CHECKPOINTS:
@@ -329,6 +335,10 @@ def _simplify(captured: GraphModule, *, twice: bool) -> None:
             described = "a torch.autograd.Function" if name == "autograd_function_apply" else f"the operator {name}"
             raise CannotCompile(f"{described} has no second derivative in a graph")
     captured.recompile()
+
+
+def _max_norm(input: Any, weight: Any, third: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return max_norm
 
 
 def _run_body(body: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -57,6 +57,15 @@ def raises(x: Tensor) -> Tensor:
     raise ValueError("out of paper")
 
 
+def embedding_that_scales(task: Task) -> Callable[..., Any]:
+    def loss_fn(inputs: Tensor, labels: Tensor) -> Tensor:
+        weight = task.model[0].weight
+        rows = F.embedding(labels, weight, max_norm=0.1)
+        return task.loss(inputs, labels) + rows.square().sum()
+
+    return loss_fn
+
+
 # What the loss is, and what the error says.
 FAILURES: dict[str, tuple[Callable[[Task], Callable[..., Any]], type[Exception], str]] = {
     "graph break": (loss_through(printing), RuntimeError, r"print.* optimizer\.step\(lambda"),
@@ -69,6 +78,7 @@ FAILURES: dict[str, tuple[Callable[[Task], Callable[..., Any]], type[Exception],
         RuntimeError,
         r"cdist has none.* hvp='finite_difference'",
     ),
+    "embedding with max_norm": (embedding_that_scales, RuntimeError, r"max_norm.* optimizer\.step\(lambda"),
     "no reduction": (
         lambda task: lambda x, y: F.cross_entropy(task.model(x), y, reduction="none"),
         ValueError,
