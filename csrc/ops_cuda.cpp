@@ -97,8 +97,8 @@ Tensor difference_norm(const TensorList& ends, const TensorList& starts) {
     const Tensor norm = device.empty({}, operands.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float);
     const Tensor scratch =
         device.empty({static_cast<int64_t>(l2_norm_scratch_bytes(elements_of(operands)))}, ScalarType::Byte);
-    difference_norm(device.target(), elements_of(operands), operands.data[0], operands.data[1], scratch.data_ptr(),
-                    norm.data_ptr());
+    l2_norm_of_difference(device.target(), elements_of(operands), operands.data[0], operands.data[1],
+                          scratch.data_ptr(), norm.data_ptr());
     return norm;
 }
 

@@ -132,8 +132,8 @@ void l2_norms(const Target& target, const Elements& elements, const Addresses& t
     });
 }
 
-void difference_norm(const Target& target, const Elements& elements, const Addresses& ends, const Addresses& starts,
-                     void* scratch, void* result) {
+void l2_norm_of_difference(const Target& target, const Elements& elements, const Addresses& ends,
+                           const Addresses& starts, void* scratch, void* result) {
     with_type(elements.dtype, [&](auto zero) {
         using T = decltype(zero);
         auto* const of_chunks = static_cast<ScaledSum<accumulation_t<T>>*>(scratch);

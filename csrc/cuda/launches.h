@@ -44,8 +44,8 @@ void l2_norms(const Target& target, const Elements& elements, const Addresses& t
               void* scratch, const std::vector<void*>& results);
 
 // The norm of ends − starts; `scratch` as for l2_norms.
-void difference_norm(const Target& target, const Elements& elements, const Addresses& ends, const Addresses& starts,
-                     void* scratch, void* result);
+void l2_norm_of_difference(const Target& target, const Elements& elements, const Addresses& ends,
+                           const Addresses& starts, void* scratch, void* result);
 
 // ---------------------------------------------------------------- perturb, shift, restore, combine
 

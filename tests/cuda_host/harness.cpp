@@ -178,7 +178,7 @@ struct Case {
     void* const result = c.scalar();
     const Buffer scratch(0, l2_norm_scratch_bytes(elements));
     std::memset(scratch.data(), 0xff, scratch.bytes());
-    difference_norm(c.target, elements, ends, starts, scratch.data(), result);
+    l2_norm_of_difference(c.target, elements, ends, starts, scratch.data(), result);
 }
 
 [[maybe_unused]] void run_shift(Case& c) {
