@@ -16,7 +16,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule
@@ -26,6 +25,7 @@ from gam_fused.derivatives import Gradients, owned
 from gam_fused.interrupts import uninterrupted
 from gam_fused.replay import Replay
 from gam_fused.second_order.in_graphs import LayersInGraphs
+from gam_fused.written_parameters import RefusingWrites, WritesParameter
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
@@ -99,9 +99,7 @@ class JointBackend:
         reroutes: whether those are to come from this package's layers, where that pays.
     """
 
-    def __init__(
-        self, compiler: Compiler, on_compile: Callable[[], None], *, twice: bool, reroutes: bool = True
-    ) -> None:
+    def __init__(self, compiler: Compiler, on_compile: Callable[[], None], *, twice: bool, reroutes: bool) -> None:
         self.twice = twice
         self._reroutes = reroutes
         self.parameters: dict[int, int] = {}
@@ -151,8 +149,13 @@ class JointBackend:
         params = [leaves[i] for i in found.places]
         # A compiler looks for anomalies to learn which line an operator came from; an error would be a warning as well.
         with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
-            with LayersInGraphs(reroutes=self._reroutes) if self.twice else nullcontext():
-                *outputs, loss = captured(*leaves)
+            layers = LayersInGraphs(reroutes=self._reroutes) if self.twice else nullcontext()
+            try:
+                with layers, RefusingWrites(dict(zip(found.numbers, params, strict=True))):
+                    *outputs, loss = captured(*leaves)
+            except WritesParameter as error:
+                self.refusal = CannotCompile(str(error))  # and another than is raised, to which a compiler adds text
+                raise CannotCompile(str(error)) from error
             found.same = [next((i for i, leaf in enumerate(leaves) if leaf is output), None) for output in outputs]
             try:
                 check_loss(loss, needs_graph=True, name="what loss_fn returned")
@@ -173,6 +176,8 @@ class _Found:
 
     places: list[int]
     """Of the optimizer's parameters among the inputs."""
+    numbers: list[int]
+    """Which parameter each of them is."""
     given: list[bool] = field(default_factory=list)
     """Whether each of them has a gradient."""
     same: list[int | None] = field(default_factory=list)
@@ -184,7 +189,8 @@ class _JointGraph:
 
     def __init__(self, backend: JointBackend, captured: GraphModule, inputs: list[Any], compiler: Compiler) -> None:
         self._backend = backend
-        self._found = _Found(_places(inputs, backend.parameters))
+        places = _places(inputs, backend.parameters)
+        self._found = _Found(places, [backend.parameters[id(inputs[i])] for i in places])
         self._outputs = len(_outputs(captured)) - 1
         self._written: list[int] | None = None
         """Which inputs the graph writes into, once it has run."""
@@ -316,13 +322,8 @@ def _calling(function: Callable[..., Any], captured: GraphModule, count: int) ->
 
 
 def _simplify(captured: GraphModule, *, twice: bool) -> None:
-    """Take checkpoints away, and see to it that what is left can be differentiated, twice if it has to be."""
+    """Take checkpoints away, and see to it that what is left can be differentiated twice if it has to be."""
     for node in captured.graph.nodes:
-        if node.target in (F.embedding, F.embedding_bag) and _max_norm(*node.args, **node.kwargs) is not None:
-            raise CannotCompile(
-                "an embedding with max_norm scales its weights in the forward pass, and in a graph the derivatives "
-                "would go through that as if it were a part of the function"
-            )
         if not isinstance(node.target, HigherOrderOperator):
             continue
         if (name := node.target.name()) in _CHECKPOINTS:
@@ -335,10 +336,6 @@ def _simplify(captured: GraphModule, *, twice: bool) -> None:
             described = "a torch.autograd.Function" if name == "autograd_function_apply" else f"the operator {name}"
             raise CannotCompile(f"{described} has no second derivative in a graph")
     captured.recompile()
-
-
-def _max_norm(input: Any, weight: Any, third: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any) -> Any:
-    return max_norm
 
 
 def _run_body(body: Callable[..., Any], *args: Any, **options: Any) -> Any:
