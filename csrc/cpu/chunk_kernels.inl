@@ -212,6 +212,26 @@ inline __attribute__((always_inline)) void add_products(Lanes& sum, const A* a, 
     sum += first * second;
 }
 
+// function(k, a + i, b + i) for eight numbers after another, k from 0 to 3 in turns; zeros follow the last.
+template <typename A, typename Function>
+inline __attribute__((always_inline)) void for_each_lanes(const A* a, const A* b, int64_t size,
+                                                          const Function& function) {
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+        function(0, a + i, b + i);
+        function(1, a + i + kLanes, b + i + kLanes);
+        function(2, a + i + 2 * kLanes, b + i + 2 * kLanes);
+        function(3, a + i + 3 * kLanes, b + i + 3 * kLanes);
+    }
+    for (; i < size; i += kLanes) {
+        A rest_of_a[kLanes] = {}, rest_of_b[kLanes] = {};
+        const auto bytes = sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes);
+        __builtin_memcpy(rest_of_a, a + i, bytes);
+        __builtin_memcpy(rest_of_b, b + i, bytes);
+        function(0, rest_of_a, rest_of_b);
+    }
+}
+
 // Four accumulators of eight lanes each, so that additions need not wait for one another.
 struct SumOfProducts {
     Lanes sums[4] = {};
@@ -219,22 +239,9 @@ struct SumOfProducts {
     // a[i] * b[i], of squares where both are the same
     template <typename A>
     inline __attribute__((always_inline)) void add(const A* a, const A* b, int64_t size) {
-        Lanes sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-            add_products(sum0, a + i, b + i);
-            add_products(sum1, a + i + kLanes, b + i + kLanes);
-            add_products(sum2, a + i + 2 * kLanes, b + i + 2 * kLanes);
-            add_products(sum3, a + i + 3 * kLanes, b + i + 3 * kLanes);
-        }
-        for (; i < size; i += kLanes) {
-            A rest_of_a[kLanes] = {}, rest_of_b[kLanes] = {};
-            const auto bytes = sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes);
-            __builtin_memcpy(rest_of_a, a + i, bytes);
-            __builtin_memcpy(rest_of_b, b + i, bytes);
-            add_products(sum0, rest_of_a, rest_of_b);
-        }
-        sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
+        SumOfProducts local = *this;
+        for_each_lanes(a, b, size, [&](int k, const A* x, const A* y) { add_products(local.sums[k], x, y); });
+        *this = local;
     }
 
     double total() const {
@@ -399,35 +406,16 @@ struct SumsOfProducts {
 
     template <typename A>
     inline __attribute__((always_inline)) void add(const A* plus, const A* minus, int64_t size) {
-        Lanes of_dot[4], of_plus[4], of_minus[4];
-        for (int k = 0; k < 4; ++k) {
-            of_dot[k] = dot.sums[k], of_plus[k] = plus_squared.sums[k], of_minus[k] = minus_squared.sums[k];
-        }
-        const auto add_lanes = [&](int k, const A* p, const A* m) {
+        SumsOfProducts local = *this;
+        for_each_lanes(plus, minus, size, [&](int k, const A* p, const A* m) {
             Lanes plus_lanes, minus_lanes;
             load_lanes(plus_lanes, p);
             load_lanes(minus_lanes, m);
-            of_dot[k] += minus_lanes * plus_lanes;
-            of_plus[k] += plus_lanes * plus_lanes;
-            of_minus[k] += minus_lanes * minus_lanes;
-        };
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-            add_lanes(0, plus + i, minus + i);
-            add_lanes(1, plus + i + kLanes, minus + i + kLanes);
-            add_lanes(2, plus + i + 2 * kLanes, minus + i + 2 * kLanes);
-            add_lanes(3, plus + i + 3 * kLanes, minus + i + 3 * kLanes);
-        }
-        for (; i < size; i += kLanes) {
-            A rest_of_plus[kLanes] = {}, rest_of_minus[kLanes] = {};
-            const auto bytes = sizeof(A) * static_cast<size_t>(size - i < kLanes ? size - i : kLanes);
-            __builtin_memcpy(rest_of_plus, plus + i, bytes);
-            __builtin_memcpy(rest_of_minus, minus + i, bytes);
-            add_lanes(0, rest_of_plus, rest_of_minus);
-        }
-        for (int k = 0; k < 4; ++k) {
-            dot.sums[k] = of_dot[k], plus_squared.sums[k] = of_plus[k], minus_squared.sums[k] = of_minus[k];
-        }
+            local.dot.sums[k] += minus_lanes * plus_lanes;
+            local.plus_squared.sums[k] += plus_lanes * plus_lanes;
+            local.minus_squared.sums[k] += minus_lanes * minus_lanes;
+        });
+        *this = local;
     }
 };
 
