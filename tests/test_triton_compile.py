@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from gam_fused.kernels import triton as back_end
+from gam_fused.kernels import triton_launches as launches
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-if back_end.is_interpreted():
+if launches.is_interpreted():
     pytest.skip("TRITON_INTERPRET=1 is set: nothing is compiled", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
@@ -59,7 +59,11 @@ class Kernel:
 
     def __str__(self) -> str:
         on = ["scaled"] * (not self.absent)
-        on += [flag.lower() for flag, is_on in self.flags if is_on and flag in ("MOMENTUM", "AMSGRAD", "STOCHASTIC")]
+        on += [
+            flag.lower()
+            for flag, is_on in self.flags
+            if is_on and flag in ("MOMENTUM", "AMSGRAD", "STOCHASTIC", "DIFFERENCES")
+        ]
         return "-".join([self.name.removesuffix("_kernel"), *on])
 
 
@@ -70,10 +74,10 @@ def flags(common: dict[str, bool], **more: bool) -> tuple[tuple[str, bool], ...]
 KERNELS = [
     Kernel("sgd_kernel", 5, 4, 3, flags(SGD, MOMENTUM=True, STOCHASTIC=False), ("fp32", "bf16"), True, absent=()),
     Kernel("adamw_kernel", 7, 6, 5, flags(ADAMW, AMSGRAD=True, STOCHASTIC=False), ("fp32", "bf16"), True, absent=()),
-    Kernel("sum_chunks_kernel", 1, 1, 0),
+    Kernel("sum_chunks_kernel", 1, 1, 0, flags({}, DIFFERENCES=False)),
     Kernel("restore_kernel", 2, 1, 1),
     Kernel("combine_kernel", 4, 3, 2),
-    Kernel("sum_differences_kernel", 2, 2, 0, dtypes=("fp32", "bf16")),
+    Kernel("sum_chunks_kernel", 2, 2, 0, flags({}, DIFFERENCES=True), ("fp32", "bf16")),
     Kernel("sum_mixed_kernel", 4, 4, 0, dtypes=("fp32", "bf16")),
     Kernel("decompose_kernel", 4, 4, 2, dtypes=("fp32", "bf16")),
     Kernel("shift_kernel", 4, 3, 1, flags(SHIFT, STOCHASTIC=False), ("fp32", "bf16")),
@@ -122,12 +126,12 @@ def compiled(
     every = {**known, **dict(constants), **dict.fromkeys(absent)}
     given = {name: value for name, value in every.items() if types.get(name) == "constexpr"}
     source = ASTSource(getattr(triton_kernels, kernel), types, given)
-    options = {"num_warps": back_end.THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False}
+    options = {"num_warps": launches.THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False}
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def main(kernel: Kernel, dtype: str, target: str) -> Any:
-    geometry = {"CHUNK": back_end.CHUNK, "BLOCK": back_end.block_size(DTYPES[dtype].itemsize, kernel.lists)}
+    geometry = {"CHUNK": launches.CHUNK, "BLOCK": launches.block_size(DTYPES[dtype].itemsize, kernel.lists)}
     return compiled(kernel.name, dtype, target, (*kernel.flags, *geometry.items()), kernel.absent)
 
 
@@ -152,7 +156,7 @@ def test_a_kernel_loads_and_stores_16_bytes_and_spills_nothing(kernel: Kernel, d
     found = main(kernel, dtype, target)
     text = assembly(found)
     packs = (
-        back_end.block_size(DTYPES[dtype].itemsize, kernel.lists) * DTYPES[dtype].itemsize // (back_end.THREADS * 16)
+        launches.block_size(DTYPES[dtype].itemsize, kernel.lists) * DTYPES[dtype].itemsize // (launches.THREADS * 16)
     )
     restoring = packs * kernel.restores
     # At least, as AMD's compiler unrolls: of the path on which everything is whole and aligned.

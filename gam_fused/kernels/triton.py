@@ -1,19 +1,13 @@
 """The arithmetic in Triton kernels: one launch per operator, compiled when it first runs, for NVIDIA and AMD GPUs.
 
-Needs no CUDA toolkit; Triton itself needs a C compiler and Python's headers when it first launches. With
-``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, slowly: for tests.
+Needs no CUDA toolkit; Triton itself needs a C compiler and Python's headers when it first launches.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
 import struct
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,27 +16,14 @@ from torch import Tensor
 from gam_fused.kernels import operators
 from gam_fused.kernels.interface import FusingBackend, accumulation_dtype, as_scalar
 from gam_fused.kernels.layouts import copy_back, dense_copies
-from gam_fused.kernels.pointer_tables import ALIGNMENT, DeviceTables
+from gam_fused.kernels.pointer_tables import DeviceTables
 from gam_fused.kernels.rounding import launch_key
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule, TensorList
+from gam_fused.kernels.triton_launches import chunk_of, geometry, language_dtype, on_device, unavailable_reason
 
 _Lists = Mapping[str, TensorList]
 
-OLDEST_TRITON = (3, 6)
-OLDEST_CAPABILITY = 70
-
-# Launch geometry. A program moves one chunk of every list of its operator in blocks that give each of its threads one
-# or two loads of 16 bytes per list: enough of them in flight for the memory, few enough for the registers, of which
-# narrow numbers need one each. At 8192 elements a program lives long enough to pay for its start, and ResNet-50 still
-# makes several programs for each place on the largest GPUs, so that the last ones do not leave most of them idle.
-CHUNK = 8192
-THREADS = 256
-_FEW_LISTS = 3
-
 _FEW_NUMBERS: dict[str, Any] = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
-
-# The interpreter takes as long for a large block as for a small one.
-_INTERPRETED_CHUNK = 32768
 
 
 class TritonBackend(FusingBackend):
@@ -61,16 +42,7 @@ class TritonBackend(FusingBackend):
     @staticmethod
     def unavailable_reason(device: torch.device | None = None) -> str | None:
         """``None`` where Triton is installed and can compile for the device; any GPU if none is given."""
-        if (reason := _version_reason()) is not None:
-            return reason
-        if device is not None and device.type not in ("cpu", "cuda"):
-            return f"there are no Triton kernels for {device.type} devices."
-        if (device is not None and device.type == "cpu") or not torch.cuda.is_available():
-            if not is_interpreted():
-                return "Triton compiles for GPUs only; on CPU tensors it runs interpreted, with TRITON_INTERPRET=1 set."
-        elif device is not None and is_interpreted():
-            return "TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors; unset it."
-        return None if is_interpreted() else _compiler_reason()
+        return unavailable_reason(device)
 
     @torch.no_grad()
     def l2_norm(self, tensors: TensorList) -> Tensor:
@@ -94,7 +66,8 @@ class TritonBackend(FusingBackend):
         if not any(lists.values()):
             return self.l2_norm([])
         operators.validate("difference_norm", lists)
-        return self._reduced("sum_differences_kernel", "finish_norms_kernel", lists, (), 1)[0]
+        partials, chunks = self._sums("sum_chunks_kernel", _dense(lists), DIFFERENCES=True)
+        return _results("finish_norms_kernel", partials, (chunks, chunks), 1)[0]
 
     @torch.no_grad()
     def perturb_(
@@ -180,7 +153,8 @@ class TritonBackend(FusingBackend):
             return (self.l2_norm([]),) * 3
         operators.validate("projection", lists)
         weights = tuple(_bits(weight, gradients.grads) for weight in gradients.weights)
-        results = self._reduced("sum_mixed_kernel", "finish_projection_kernel", lists, weights, 3)
+        partials, chunks = self._sums("sum_mixed_kernel", _dense(lists), weights, count=3)
+        results = _results("finish_projection_kernel", partials, (chunks, partials.shape[1]), 3)
         return results[0], results[1], results[2]
 
     @torch.no_grad()
@@ -260,40 +234,25 @@ class TritonBackend(FusingBackend):
                 raise ValueError(f"{key}[0]: {found}, expected {expected} as {next(iter(lists))}[0]")
         dense = {**lists, **dense_copies(lists, element_by_element=False)}
         tensors = [tensor for tensors in dense.values() for tensor in tensors]
-        device, wide = first[0].device, accumulation_dtype(first[0].dtype)
-        numels, chunk = [tensor.numel() for tensor in tensors], _chunk(device)
-        middle = sum(-(-numel // chunk) for numel in numels[: len(first)])
-        kernels, A = _kernels(), language_dtype(wide)
-        with on_device(device):
-            plan = self._tables.plan(numels, chunk, device)
-            addresses = self._tables.addresses([tensors], device)
-            partials = torch.empty(max(plan.chunks, 1), dtype=wide, device=device)
-            results = torch.empty(len(lists), dtype=wide, device=device)
-            if plan.chunks:
-                geometry = _geometry(first[0], 1)
-                kernels.sum_chunks_kernel[(plan.chunks,)](
-                    addresses, *plan, partials, T=language_dtype(first[0].dtype), A=A, **geometry
-                )
-            kernels.finish_norms_kernel[(len(lists),)](partials, results, middle, plan.chunks, A=A, **_FEW_NUMBERS)
-        return results
+        middle = sum(-(-tensor.numel() // chunk_of(tensor.device)) for tensor in tensors[: len(first)])
+        partials, chunks = self._sums("sum_chunks_kernel", [tensors], DIFFERENCES=False)
+        return _results("finish_norms_kernel", partials, (middle, chunks), len(lists), programs=len(lists))
 
-    def _reduced(self, first: str, last: str, lists: _Lists, arguments: tuple[int, ...], count: int) -> Tensor:
-        """``count`` numbers out of lists that belong together: kernel ``first`` over chunks, ``last`` over its sums."""
-        dense = list({**lists, **dense_copies(lists)}.values())
-        tensors = dense[0]
+    def _sums(
+        self, kernel: str, rows: list[TensorList], arguments: tuple[int, ...] = (), *, count: int = 1, **flags: bool
+    ) -> tuple[Tensor, int]:
+        """``count`` rows of sums over chunks, one sum of each chunk in a row, and how many chunks there are."""
+        tensors = rows[0]
         device, wide = tensors[0].device, accumulation_dtype(tensors[0].dtype)
-        kernels, A = _kernels(), language_dtype(wide)
         with on_device(device):
-            plan = self._tables.plan([tensor.numel() for tensor in tensors], _chunk(device), device)
-            addresses = self._tables.addresses(dense, device)
+            plan = self._tables.plan([tensor.numel() for tensor in tensors], chunk_of(device), device)
+            addresses = self._tables.addresses(rows, device)
             partials = torch.empty((count, max(plan.chunks, 1)), dtype=wide, device=device)
-            results = torch.empty(count, dtype=wide, device=device)
             if plan.chunks:
-                launch = getattr(kernels, first)[(plan.chunks,)]
-                T, geometry = language_dtype(tensors[0].dtype), _geometry(tensors[0], len(dense))
-                launch(addresses, *plan, partials, *arguments, T=T, A=A, **geometry)
-            getattr(kernels, last)[(1,)](partials, results, plan.chunks, plan.chunks, A=A, **_FEW_NUMBERS)
-        return results
+                launch = getattr(_kernels(), kernel)[(plan.chunks,)]
+                T, A = language_dtype(tensors[0].dtype), language_dtype(wide)
+                launch(addresses, *plan, partials, *arguments, T=T, A=A, **flags, **geometry(tensors[0], len(rows)))
+        return partials, plan.chunks
 
     def _launch(
         self,
@@ -311,7 +270,7 @@ class TritonBackend(FusingBackend):
         device = params[0].device
         kernels = _kernels()
         with on_device(device):
-            plan = self._tables.plan([param.numel() for param in params], _chunk(device), device)
+            plan = self._tables.plan([param.numel() for param in params], chunk_of(device), device)
             addresses = self._tables.addresses(lists, device, steps)
             count: tuple[Any, ...] = ()
             if steps:
@@ -320,11 +279,25 @@ class TritonBackend(FusingBackend):
                 kernels.count_steps_kernel.run(*count, grid=(1,), warmup=True, **_FEW_NUMBERS)
             if plan.chunks:
                 launch = getattr(kernels, kernel)[(plan.chunks,)]
-                geometry = _geometry(params[0], len(lists))
-                launch(addresses, *plan, *arguments, T=language_dtype(params[0].dtype), **constants, **geometry)
+                shape = geometry(params[0], len(lists))
+                launch(addresses, *plan, *arguments, T=language_dtype(params[0].dtype), **constants, **shape)
             if steps:
                 kernels.count_steps_kernel[(-(-len(steps) // _FEW_NUMBERS["BLOCK"]),)](*count, **_FEW_NUMBERS)
         operands.finish()
+
+
+def _results(kernel: str, partials: Tensor, arguments: tuple[int, ...], count: int, *, programs: int = 1) -> Tensor:
+    """``count`` numbers that the programs of a second launch make of all sums over chunks."""
+    results = partials.new_empty(count)
+    with on_device(partials.device):
+        launch = getattr(_kernels(), kernel)[(programs,)]
+        launch(partials, results, *arguments, A=language_dtype(partials.dtype), **_FEW_NUMBERS)
+    return results
+
+
+def _dense(lists: _Lists) -> list[TensorList]:
+    """Lists that belong together, as a kernel that only reads can take them."""
+    return list({**lists, **dense_copies(lists)}.values())
 
 
 class _Operands:
@@ -370,91 +343,10 @@ class _Common:
         }
 
 
-def is_interpreted() -> bool:
-    """Whether kernels are interpreted: as they were defined, or will be by what ``TRITON_INTERPRET`` says now."""
-    rules = sys.modules.get("gam_fused.kernels.triton_rules")
-    if rules is not None:
-        return bool(rules.IS_INTERPRETED)
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-def _version_reason() -> str | None:
-    oldest = ".".join(map(str, OLDEST_TRITON))
-    if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed; pip install 'triton>={oldest}'."
-    try:
-        import triton
-    except Exception as error:  # a broken installation
-        return f"Triton cannot be imported: {error}; pip install 'triton>={oldest}'."
-    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
-    if found is None or tuple(map(int, found.groups())) < OLDEST_TRITON:
-        return f"Triton {triton.__version__} is too old; pip install 'triton>={oldest}'."
-    return None
-
-
-@cache
-def _compiler_reason() -> str | None:
-    """Tried once: Triton builds a small library with a C compiler to talk to the device's driver."""
-    from triton.runtime import driver
-
-    try:
-        target = driver.active.get_current_target()
-        _ = driver.active.utils
-    except Exception as error:  # no compiler, no headers, a folder that cannot be written, no driver, ...
-        said = str(error).strip().partition("\n")[0]
-        return f"Triton cannot compile here ({said}); it needs a C compiler, Python's headers and the device's driver."
-    if target.backend == "cuda" and target.arch < OLDEST_CAPABILITY:
-        return f"Triton does not compile for GPUs of compute capability {target.arch / 10}; 7.0 is the oldest."
-    return None
-
-
 def _kernels() -> Any:
     from gam_fused.kernels import triton_kernels
 
     return triton_kernels
-
-
-def language_dtype(dtype: torch.dtype) -> Any:
-    """Triton's name for it."""
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _chunk(device: torch.device) -> int:
-    return CHUNK if device.type == "cuda" else _INTERPRETED_CHUNK
-
-
-def block_size(itemsize: int, lists: int) -> int:
-    """Elements of each list that a program moves at one go, by their size in bytes and how many lists there are."""
-    loads = 2 if lists <= _FEW_LISTS and itemsize >= 4 else 1
-    return THREADS * (ALIGNMENT // itemsize) * loads
-
-
-def _geometry(tensor: Tensor, lists: int) -> dict[str, Any]:
-    chunk = _chunk(tensor.device)
-    return {
-        "CHUNK": chunk,
-        "BLOCK": block_size(tensor.element_size(), lists) if tensor.device.type == "cuda" else chunk // 2,
-        "num_warps": warps_of(THREADS, tensor.device),
-        "enable_fp_fusion": False,  # so that results are those of the other back ends
-    }
-
-
-def warps_of(threads: int, device: torch.device) -> int:
-    """In how many warps the device runs them."""
-    return threads // (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Where launches go to it."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    import numpy  # the interpreter computes with it
-
-    return numpy.errstate(all="ignore")  # as devices do: infinities and NaN are values like others
 
 
 def _accumulation(params: TensorList) -> Any:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused.kernels.triton import THREADS, TritonBackend, language_dtype, on_device, warps_of
+from gam_fused.kernels import triton_launches
+from gam_fused.kernels.triton_launches import THREADS, language_dtype, on_device, warps_of
 from gam_fused.second_order import formulas
 from gam_fused.second_order.formulas import Results, accumulation_dtype
 from gam_fused.second_order.native import dense, memory_format
@@ -52,7 +53,7 @@ _PLACES_OF_WEIGHT = 32
 @cache
 def unavailable_reason(device: torch.device) -> str | None:
     """``None`` where Triton can compile for this device, otherwise one sentence: why not."""
-    return TritonBackend.unavailable_reason(device)
+    return triton_launches.unavailable_reason(device)
 
 
 def _unless_without_memory(function: Callable[..., Results]) -> Callable[..., Results]:

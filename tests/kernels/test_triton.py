@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gam_fused import kernels
 from gam_fused.kernels import Backend
-from gam_fused.kernels import triton as back_end
+from gam_fused.kernels import triton_launches as launches
 from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule
 from gam_fused.kernels.triton import TritonBackend
 from tests.kernels.operators.common import few_examples
@@ -41,8 +41,8 @@ def triton() -> Backend:
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(back_end, "is_interpreted", lambda: False)
-    monkeypatch.setattr(back_end, "_compiler_reason", lambda: None)
+    monkeypatch.setattr(launches, "is_interpreted", lambda: False)
+    monkeypatch.setattr(launches, "_compiler_reason", lambda: None)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     assert "TRITON_INTERPRET=1" in str(TritonBackend.unavailable_reason(CPU))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TRITON_INTERPRET=1" in str(TritonBackend.unavailable_reason())
-    monkeypatch.setattr(back_end, "is_interpreted", lambda: True)
+    monkeypatch.setattr(launches, "is_interpreted", lambda: True)
     assert TritonBackend.unavailable_reason(CPU) is None
     assert TritonBackend.unavailable_reason() is None
 
@@ -70,7 +70,7 @@ def test_a_gpu_is_enough_unless_kernels_are_interpreted(monkeypatch: pytest.Monk
     assert TritonBackend.unavailable_reason() is None
     assert TritonBackend.unavailable_reason(GPU) is None
     assert TritonBackend.unavailable_reason(torch.device("xpu")) == "there are no Triton kernels for xpu devices."
-    monkeypatch.setattr(back_end, "is_interpreted", lambda: True)
+    monkeypatch.setattr(launches, "is_interpreted", lambda: True)
     assert "unset it" in str(TritonBackend.unavailable_reason(GPU))
 
 
@@ -100,11 +100,11 @@ def test_a_triton_that_cannot_compile_gives_its_reason(monkeypatch: pytest.Monke
         def active(self) -> None:
             raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    monkeypatch.setattr(back_end, "is_interpreted", lambda: False)
+    monkeypatch.setattr(launches, "is_interpreted", lambda: False)
     monkeypatch.setattr("triton.runtime.driver", Broken())
-    back_end._compiler_reason.cache_clear()
+    launches._compiler_reason.cache_clear()
     reason = str(TritonBackend.unavailable_reason(GPU))
-    back_end._compiler_reason.cache_clear()
+    launches._compiler_reason.cache_clear()
     assert reason.startswith("Triton cannot compile here (Failed to find C compiler.); it needs a C compiler")
 
 
@@ -113,11 +113,11 @@ def test_a_triton_that_cannot_compile_gives_its_reason(monkeypatch: pytest.Monke
 def test_a_gpu_too_old_for_triton_is_refused(monkeypatch: pytest.MonkeyPatch, arch: int, fits: bool) -> None:
     target = SimpleNamespace(backend="cuda", arch=arch)
     active = SimpleNamespace(get_current_target=lambda: target, utils=None)
-    monkeypatch.setattr(back_end, "is_interpreted", lambda: False)
+    monkeypatch.setattr(launches, "is_interpreted", lambda: False)
     monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
-    back_end._compiler_reason.cache_clear()
+    launches._compiler_reason.cache_clear()
     reason = TritonBackend.unavailable_reason(GPU)
-    back_end._compiler_reason.cache_clear()
+    launches._compiler_reason.cache_clear()
     assert (reason is None) == fits
     assert fits or "6.1" in str(reason)
 

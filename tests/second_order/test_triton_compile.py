@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from gam_fused.kernels import triton as back_end
+from gam_fused.kernels import triton_launches as launches
 from gam_fused.second_order import triton as kernels
 from tests.second_order.norm_calls import arguments, function
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-if back_end.is_interpreted():
+if launches.is_interpreted():
     pytest.skip("TRITON_INTERPRET=1 is set: nothing is compiled", allow_module_level=True)
 
 from triton.runtime import driver

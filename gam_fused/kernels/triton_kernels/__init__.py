@@ -20,11 +20,7 @@ mypy cannot read Triton's language: these modules are checked by the tests alone
 from gam_fused.kernels.triton_kernels.adamw import adamw_kernel, count_steps_kernel
 from gam_fused.kernels.triton_kernels.combine import combine_kernel, restore_kernel
 from gam_fused.kernels.triton_kernels.decompose import decompose_kernel, finish_projection_kernel, sum_mixed_kernel
-from gam_fused.kernels.triton_kernels.norms import (
-    finish_norms_kernel,
-    sum_chunks_kernel,
-    sum_differences_kernel,
-)
+from gam_fused.kernels.triton_kernels.norms import finish_norms_kernel, sum_chunks_kernel
 from gam_fused.kernels.triton_kernels.perturb import perturb_kernel
 from gam_fused.kernels.triton_kernels.sgd import sgd_kernel
 from gam_fused.kernels.triton_kernels.shift import shift_kernel
@@ -41,6 +37,5 @@ __all__ = [
     "sgd_kernel",
     "shift_kernel",
     "sum_chunks_kernel",
-    "sum_differences_kernel",
     "sum_mixed_kernel",
 ]

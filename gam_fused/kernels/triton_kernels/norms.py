@@ -11,18 +11,27 @@ from gam_fused.kernels.triton_rules import square_root, widen
 
 
 @triton.jit
+def _value_at(row, offsets, count, A: tl.constexpr, WHOLE: tl.constexpr):
+    if WHOLE:
+        value = tl.load(row + offsets)
+    else:
+        value = tl.load(row + offsets, mask=offsets < count, other=0.0)
+    return widen(value, A)
+
+
+@triton.jit
 def _sum_of_squares(
     pointers, tensors, tensor, begin, count, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    DIFFERENCES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     elements = elements_of(pointers, 0, tensors, tensor, begin, T, WHOLE)
+    subtracted = elements_of(pointers, 1 if DIFFERENCES else 0, tensors, tensor, begin, T, WHOLE)
     total = tl.zeros([BLOCK], A)
     for start in range(0, end_of(count, CHUNK, WHOLE), BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        if WHOLE:
-            value = widen(tl.load(elements + offsets), A)
-        else:
-            value = widen(tl.load(elements + offsets, mask=offsets < count, other=0.0), A)
+        value = _value_at(elements, offsets, count, A, WHOLE)
+        if DIFFERENCES:
+            value -= _value_at(subtracted, offsets, count, A, WHOLE)
         total += value * value
     return tl.sum(total, axis=0)
 
@@ -30,48 +39,14 @@ def _sum_of_squares(
 @kernel
 def sum_chunks_kernel(
     pointers, plan, tensors, chunks, partials, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DIFFERENCES: tl.constexpr,
 ):  # fmt: skip
-    """``partials[i]``: the sum of squares over chunk i. Rows: the tensors."""
+    """``partials[i]``: the sum of squares over chunk i. Rows: the tensors, and those subtracted if ``DIFFERENCES``."""
     tensor, begin, count = chunk_of_program(plan, tensors, chunks, CHUNK)
-    if is_whole_and_aligned(pointers, 1, tensors, tensor, count, CHUNK):
-        total = _sum_of_squares(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, True)
+    if is_whole_and_aligned(pointers, 2 if DIFFERENCES else 1, tensors, tensor, count, CHUNK):
+        total = _sum_of_squares(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, DIFFERENCES, True)
     else:
-        total = _sum_of_squares(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, False)
-    tl.store(partials + tl.program_id(0), total)
-
-
-@triton.jit
-def _sum_of_squared_differences(
-    pointers, tensors, tensor, begin, count, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    ends = elements_of(pointers, 0, tensors, tensor, begin, T, WHOLE)
-    starts = elements_of(pointers, 1, tensors, tensor, begin, T, WHOLE)
-    total = tl.zeros([BLOCK], A)
-    for start in range(0, end_of(count, CHUNK, WHOLE), BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        if WHOLE:
-            value = widen(tl.load(ends + offsets), A) - widen(tl.load(starts + offsets), A)
-        else:
-            mask = offsets < count
-            value = widen(tl.load(ends + offsets, mask=mask, other=0.0), A)
-            value -= widen(tl.load(starts + offsets, mask=mask, other=0.0), A)
-        total += value * value
-    return tl.sum(total, axis=0)
-
-
-@kernel
-def sum_differences_kernel(
-    pointers, plan, tensors, chunks, partials, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``partials[i]``: the sum of squares of ends − starts over chunk i. Rows: ends, starts."""
-    tensor, begin, count = chunk_of_program(plan, tensors, chunks, CHUNK)
-    if is_whole_and_aligned(pointers, 2, tensors, tensor, count, CHUNK):
-        total = _sum_of_squared_differences(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, True)
-    else:
-        total = _sum_of_squared_differences(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, False)
+        total = _sum_of_squares(pointers, tensors, tensor, begin, count, T, A, CHUNK, BLOCK, DIFFERENCES, False)
     tl.store(partials + tl.program_id(0), total)
 
 
