@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -60,3 +62,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def seeded() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT until somebody asks for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

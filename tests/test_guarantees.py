@@ -3,136 +3,29 @@
 from __future__ import annotations
 
 import copy
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import gam_fused
-from gam_fused import GAM, AcceleratedGAM, kernels
+from gam_fused import GAM, AcceleratedGAM
+from tests.faults import (
+    MODES,
+    Planted,
+    Task,
+    assert_equals_an_undisturbed_twin,
+    build,
+    over_backends,
+    over_bases,
+    over_dtypes,
+    over_modes,
+    raise_exit,
+    raise_interrupt,
+    raise_planted,
+)
 from tests.states import assert_same, snapshot
-
-BACKENDS = sorted(name for name, reason in kernels.available().items() if reason is None)
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
-    # PyTorch's default eps of 1e-8 is 0 in float16, and 0/0 no matter of ours.
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-3}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "eps": 1e-3}),
-}
-
-MODES: dict[str, tuple[type[GAM] | type[AcceleratedGAM], dict[str, Any]]] = {
-    "exact": (GAM, {"rho": 0.05, "alpha": 0.3}),
-    "finite_difference": (GAM, {"rho": 0.05, "alpha": 0.3, "hvp": "finite_difference"}),
-    "accelerated": (AcceleratedGAM, {"rho": 0.05, "gamma": 0.3}),
-}
-
-over_backends = pytest.mark.parametrize("backend", BACKENDS)
-over_modes = pytest.mark.parametrize("mode", MODES)
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-over_bases = pytest.mark.parametrize("base", BASES)
-
-
-class Task:
-    """A network with BatchNorm, dropout, an unused layer and a tap, on one batch; faults can be planted in any pass.
-
-    A fault stands at (pass, stage): pass 1 is at θ, pass 2 at θ_adv (of four passes, the third); the stages of the
-    tapped activation are its forward, its backward and the backward of its backward.
-    """
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        torch.manual_seed(7)
-        self.first = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.GELU())
-        self.last = nn.Sequential(nn.Dropout(0.2), nn.Linear(12, 3))
-        self.model = nn.ModuleDict({"first": self.first, "last": self.last, "unused": nn.Linear(2, 2)}).to(dtype)
-        self.inputs = torch.randn(24, 6, dtype=dtype)
-        self.labels = torch.randint(3, (24,))
-        self.fault: tuple[int, str] | None = None
-        self.action: Callable[[Tensor], Tensor] = lambda tensor: tensor
-        self.passes = 0
-
-    def closure(self) -> Tensor:
-        self.passes += 1
-        at = self.passes
-        hidden = Tap.apply(self.first(self.inputs), lambda stage, tensor: self._meet((at, stage), tensor))
-        return self._meet((at, "loss"), F.cross_entropy(self.last(hidden), self.labels))
-
-    def _meet(self, where: tuple[int, str], tensor: Tensor) -> Tensor:
-        return self.action(tensor) if where == self.fault else tensor
-
-    def step(self, optimizer: GAM | AcceleratedGAM, fault: tuple[int, str] | None = None, action: Any = None) -> Tensor:
-        self.passes, self.fault = 0, fault
-        if action is not None:
-            self.action = action
-        return optimizer.step(self.closure)
-
-
-class Tap(torch.autograd.Function):
-    """The identity, with a visitor to its forward, backward and double backward."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, visit: Callable[[str, Tensor], Tensor]) -> Tensor:
-        ctx.visit = visit
-        return visit("forward", tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _TapBackward.apply(grad, ctx.visit), None
-
-
-class _TapBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, visit: Callable[[str, Tensor], Tensor]) -> Tensor:
-        ctx.visit = visit
-        return visit("backward", grad.clone())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.visit("double backward", grad.clone()), None
-
-
-class Planted(Exception):
-    """A fault that a test has planted."""
-
-
-def raise_planted(tensor: Tensor) -> Tensor:
-    raise Planted
-
-
-def raise_interrupt(tensor: Tensor) -> Tensor:
-    raise KeyboardInterrupt
-
-
-def raise_exit(tensor: Tensor) -> Tensor:
-    raise SystemExit(3)
-
-
-def build(task: Task, backend: str, base: str = "sgd", mode: str = "exact", **kwargs: Any) -> Any:
-    base_class, base_kwargs = BASES[base]
-    wrapper, wrapper_kwargs = MODES[mode]
-    return wrapper(
-        task.model.parameters(),
-        base_class,
-        **{**wrapper_kwargs, "model": task.model, "backend": backend, **base_kwargs, **kwargs},
-    )
-
-
-def assert_equals_an_undisturbed_twin(task: Task, optimizer: Any, backend: str, mode: str = "exact") -> None:
-    """After two steps from seed 1, and whatever else was undone between them."""
-    after = snapshot(task.model, optimizer)
-    twin = Task()
-    twin_optimizer = build(twin, backend, mode=mode)
-    torch.manual_seed(1)
-    twin.step(twin_optimizer)
-    twin.step(twin_optimizer)
-    assert_same(snapshot(twin.model, twin_optimizer), after)
-
 
 STAGES = [(at, stage) for at in (1, 2) for stage in ("forward", "loss", "backward", "double backward")]
 over_stages = pytest.mark.parametrize("fault", STAGES, ids=lambda fault: f"{fault[1]} {fault[0]}".replace(" ", "_"))
@@ -451,92 +344,3 @@ class Fixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(grad * param.cos() for param in ctx.saved_tensors)
-
-
-@pytest.fixture
-def _ctrl_c_raises() -> Iterator[None]:
-    """A process that was started in the background ignores SIGINT until somebody asks for it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_ctrl_c_raises")
-@pytest.mark.parametrize(
-    ("mode", "backend"),
-    [*((mode, "foreach") for mode in MODES), *((mode, "native") for mode in ["accelerated"] if "native" in BACKENDS)],
-)
-def test_ctrl_c_at_any_line_leaves_the_step_undone_or_done(mode: str, backend: str) -> None:
-    """A real SIGINT at every line of the package that a step runs, at its first and its last turn.
-
-    At every turn around native launches, which write first and count what they have written in a line of its own.
-    """
-    task = Task()
-    optimizer = build(task, backend, mode=mode)
-    task.step(optimizer)
-    start = copy.deepcopy((task, optimizer))
-    random_state = torch.get_rng_state()
-    before = snapshot(task.model, optimizer)
-    lines = interrupted_at(None, lambda: task.step(optimizer))
-    after = snapshot(task.model, optimizer)
-
-    turns: dict[tuple[str, int], list[int]] = {}
-    for turn, line in enumerate(lines):
-        turns.setdefault(line, []).append(turn)
-    outcomes = set()
-    for line, at in turns.items():
-        for turn in at if line[0] == "/kernels/native.py" else {at[0], at[-1]}:
-            task, optimizer = copy.deepcopy(start)
-            torch.set_rng_state(random_state)
-            interrupted_at(turn, lambda task=task, optimizer=optimizer: task.step(optimizer))  # type: ignore[misc]
-            assert torch._C._len_torch_function_stack() == 0, f"{line}, turn {turn}: a function mode was left on"
-            assert torch.is_grad_enabled(), f"{line}, turn {turn}: grad mode was left off"
-            assert torch.backends.cuda.flash_sdp_enabled(), f"{line}, turn {turn}: fused attention was left off"
-            assert torch.backends.cudnn.enabled, f"{line}, turn {turn}: cuDNN was left off"
-            done = optimizer.steps == 2
-            outcomes.add(done)
-            now, expected = snapshot(task.model, optimizer), after if done else before
-            for part in ("params", "buffers", "state", "random"):
-                assert_same(expected[part], now[part], f"{line}, turn {turn}, done {done}: {part}")
-    assert outcomes == {False, True}
-
-
-@pytest.mark.usefixtures("_ctrl_c_raises")
-def test_ctrl_c_while_a_recurrent_network_runs_without_cudnn_leaves_cudnn_on() -> None:
-    model, inputs = nn.GRU(2, 3), torch.randn(4, 1, 2)
-    optimizer = GAM(model.parameters(), lr=0.1)
-
-    def step() -> None:
-        optimizer.step(lambda: model(inputs)[0].square().sum())
-
-    lines = interrupted_at(None, step)
-    turns = [turn for turn, (file, _) in enumerate(lines) if file.endswith("recurrent.py")]
-    assert turns
-    for turn in turns:
-        interrupted_at(turn, step)
-        assert torch.backends.cudnn.enabled, f"line {lines[turn]}"
-
-
-def interrupted_at(turn: int | None, run: Callable[[], Any]) -> list[tuple[str, int]]:
-    """The lines of the package that ``run`` executes; SIGINT comes as it reaches the one numbered ``turn``."""
-    package = str(gam_fused.__path__[0])
-    lines: list[tuple[str, int]] = []
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(package):
-            return None
-        if event == "line":
-            lines.append((frame.f_code.co_filename.removeprefix(package), frame.f_lineno))
-            if len(lines) - 1 == turn:
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt:
-        assert turn is not None
-    finally:
-        sys.settrace(None)
-    return lines

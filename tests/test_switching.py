@@ -6,10 +6,9 @@ import copy
 import gc
 import io
 import pickle
-import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from gam_fused import GAM
 from gam_fused.derivatives import NoSecondDerivative
+from tests.interruptions import assert_nothing_left_on, interrupted_at
 from tests.states import assert_same, snapshot
-from tests.test_guarantees import interrupted_at
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -369,14 +368,7 @@ def test_the_exact_attempt_is_freed_before_the_second(name: str) -> None:
     assert alive[1] == [False]
 
 
-@pytest.fixture
-def _ctrl_c_raises() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_ctrl_c_raises")
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c_while_it_switches_leaves_the_step_undone() -> None:
     """At every line from the one that raises to the second attempt."""
     task = Task("OnceCube")
@@ -395,4 +387,5 @@ def test_ctrl_c_while_it_switches_leaves_the_step_undone() -> None:
         each = copy.deepcopy(untouched)
         torch.set_rng_state(random_state)
         interrupted_at(turn, lambda each=each: step(each))  # type: ignore[misc]
+        assert_nothing_left_on(f"{lines[turn]}, turn {turn}")
         assert_same(before, each.state(), f"turn {turn}: {lines[turn]}")
