@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import step_models
 from benchmarks.packages import imported
+from benchmarks.step_models import MODELS
 from gam_fused import GAM
 from gam_fused.closures import evaluate
 from gam_fused.replay import Replay
@@ -45,6 +47,17 @@ class Tokens(Problem):
         return F.cross_entropy(net(self.inputs).logits.flatten(0, 1), self.labels.flatten())
 
 
+class Measured(Problem):
+    """What the step benchmark trains."""
+
+    def __init__(self, measured: step_models.Problem) -> None:
+        super().__init__(measured.model, measured.inputs, measured.targets)
+        self._measured = measured
+
+    def loss(self, net: Callable[..., Any]) -> Tensor:
+        return self._measured.loss_of(net(self.inputs), self.labels)
+
+
 def convnext() -> Problem:
     """Four stages of depthwise convolutions, layer norms and GELU, with stochastic depth."""
     model = imported("timm.models.convnext", "timm").ConvNeXt(
@@ -74,6 +87,9 @@ def gpt2() -> Problem:
 
 
 ARCHITECTURES: dict[str, Callable[[], Problem]] = {"convnext": convnext, "vit": vit, "gpt2": gpt2}
+over_precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
 over_architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
@@ -132,11 +148,25 @@ def layers_of_ours(loss: Tensor) -> int:
 
 
 @over_architectures
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@over_precisions
 def test_products_on_our_layers_are_those_on_pytorchs(name: str, dtype: torch.dtype, tolerance: float) -> None:
     on_ours, ours = product(problem(name, dtype), "auto")
     on_theirs, none = product(problem(name, dtype), "off")
     assert (ours > 5, none) == (True, 0)
+    assert on_theirs.norm() > 0
+    assert (on_ours - on_theirs).norm() <= tolerance * on_theirs.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gpt2", "resnet-64")])  # others, but large
+@over_precisions
+def test_products_on_our_layers_are_those_on_pytorchs_in_what_the_benchmark_trains(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    cpu = torch.device("cpu")
+    on_ours, ours = product(Measured(step_models.problem(name, cpu).to(cpu, dtype)), "auto")
+    on_theirs, none = product(Measured(step_models.problem(name, cpu).to(cpu, dtype)), "off")
+    assert (ours > 0, none) == (True, 0)
     assert on_theirs.norm() > 0
     assert (on_ours - on_theirs).norm() <= tolerance * on_theirs.norm()
 
