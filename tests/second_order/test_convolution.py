@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gam_fused.second_order import convolution
+from tests.second_order.common import Operators
 from tests.second_order.layers_common import (
     Function,
     assert_differentiable_twice,
@@ -152,3 +153,16 @@ def test_a_double_backward_keeps_no_more_tensors_than_it_was_given() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         torch.autograd.grad(convolution.conv2d(*tensors), tensors, direction, create_graph=True)
     assert set(saved) == {tensor.data_ptr() for tensor in (*tensors[:2], direction)}
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_a_double_backward_is_three_calls_and_a_sum(with_bias: bool) -> None:
+    inputs, weight = draw(2, 4, 6, 6), draw(3, 4, 3, 3)
+    tensors = [inputs, weight, *([draw(3)] if with_bias else [])]
+    grad_output = draw(2, 3, 4, 4)
+    grads = torch.autograd.grad(convolution.conv2d(*tensors), tensors, grad_output, create_graph=True)
+    vectors = [torch.ones_like(grad) for grad in grads]
+    with Operators() as operators:
+        torch.autograd.grad(grads, [grad_output, inputs, weight], vectors)
+    two_products = ["aten.convolution.default", "aten.convolution.default", "aten.add_.Tensor"]
+    assert operators.names == [*two_products, "aten.convolution_backward.default"]
