@@ -158,7 +158,7 @@ def test_products_on_our_layers_are_those_on_pytorchs(name: str, dtype: torch.dt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gpt2", "resnet-64")])  # others, but large
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])  # which takes gigabytes
 @over_precisions
 def test_products_on_our_layers_are_those_on_pytorchs_in_what_the_benchmark_trains(
     name: str, dtype: torch.dtype, tolerance: float
