@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -72,22 +74,22 @@ class Operands {
 
 namespace detail {
 
-// What is checked of a tensor, read once.
+// What is checked of a tensor, read once, and in few calls: what they cost per tensor is most of what a launch over
+// hundreds of small ones does.
 class Description {
  public:
     explicit Description(AtenTensorHandle handle) {
-        int32_t layout = 0;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
-        static const int32_t strided = aoti_torch_layout_strided();
-        is_strided = layout == strided;
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_code));
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
+        static const int32_t cpu = aoti_torch_device_type_cpu();
+        if (device_type != cpu) {  // of which there is one
+            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
+        }
+        is_strided = aoti_torch_get_strides(handle, &strides) == TORCH_SUCCESS;  // others have none to give
         if (is_strided) {
             STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
             STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+            numel = std::accumulate(sizes, sizes + dim, int64_t{1}, std::multiplies<>());
         }
     }
 

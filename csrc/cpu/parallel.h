@@ -11,8 +11,8 @@
 
 namespace gam_fused::cpu {
 
-// Elements per thread at least: waking another thread for less costs more than it saves.
-constexpr int64_t kGrain = 131072;
+// Elements per thread at least, as in PyTorch's own operators: waking another thread for less costs more than it saves.
+constexpr int64_t kGrain = 32768;
 
 // function(chunk number, chunk) for every chunk, each exactly once, on any thread. Threads take ranges of elements of
 // about equal length, not of chunks, since small tensors make small chunks; a chunk belongs to the range that holds its
