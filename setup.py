@@ -1,7 +1,9 @@
-"""Builds the extensions: ``gam_fused._C`` (operators, CPU kernels) and ``gam_fused._C_cuda`` (CUDA kernels).
+"""Builds the extensions.
 
-Both use PyTorch's stable ABI only, so they run beside every PyTorch from ``ABI`` on, whichever one they are built
-against. Metadata is in ``pyproject.toml``. The environment decides what is built:
+``gam_fused._C`` (operators, CPU kernels) and ``gam_fused._C_cuda`` (CUDA kernels) use PyTorch's stable ABI only: they
+run beside every PyTorch from ``ABI`` on, whichever one they are built against. ``gam_fused._C_direct`` (calls past
+PyTorch's dispatcher) uses what changes with every release, and serves beside the one only that it is built against.
+Metadata is in ``pyproject.toml``. The environment decides what is built:
 
     GAM_FUSED_NATIVE      1: an extension that cannot be built is an error; 0: build none; unset: build what can be
                           built, and install without the rest
@@ -162,7 +164,7 @@ def cpu_extension() -> Extension:
 
     return Extension(
         "gam_fused._C",
-        ["csrc/ops.cpp", "csrc/build_info.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/second_order/*.cpp"))],
+        ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/second_order/*.cpp"))],
         library_dirs=library_paths("cpu"),
         libraries=["torch_cpu"],  # not torch_python: that one's interface changes with every release
         extra_compile_args={"cxx": cxx_flags(*includes("cpu"))},
@@ -202,12 +204,29 @@ def cuda_extension() -> Extension:
     )
 
 
+def direct_extension() -> Extension:
+    from torch.utils.cpp_extension import library_paths
+
+    return Extension(
+        "gam_fused._C_direct",
+        ["csrc/direct/tensor_access.cpp"],
+        library_dirs=library_paths("cpu"),
+        libraries=["torch_python", "torch_cpu", "c10"],
+        extra_compile_args={"cxx": [flag for flag in cxx_flags(*includes("cpu")) if flag != ABI_MACRO]},
+        language="c++",
+    )
+
+
 # ---------------------------------------------------------------- building them
 
 
 def plan() -> tuple[list[Extension], dict[str, Unbuildable]]:
-    """Both extensions, and why those that cannot be built cannot; these are declared all the same, without sources."""
-    makers = {"gam_fused._C": cpu_extension, "gam_fused._C_cuda": cuda_extension}
+    """The extensions, and why those that cannot be built cannot; these are declared all the same, without sources."""
+    makers = {
+        "gam_fused._C": cpu_extension,
+        "gam_fused._C_cuda": cuda_extension,
+        "gam_fused._C_direct": direct_extension,
+    }
     try:
         check_compiler()
         import_torch()
@@ -252,8 +271,8 @@ def command(problems: dict[str, Unbuildable]) -> type[plain_build_ext]:
                 fail_if_asked_for(extension.name, problem)
                 tell(extension.name, problem)
                 problems[extension.name] = problem
-                if extension.name == "gam_fused._C":  # it defines the operators that _C_cuda implements
-                    problems["gam_fused._C_cuda"] = problem
+                if extension.name == "gam_fused._C":  # it defines the operators that the others are for
+                    problems.update(dict.fromkeys(("gam_fused._C_cuda", "gam_fused._C_direct"), problem))
                     break
             self.extensions = built
             record = Path(self.build_lib) / RECORD
@@ -284,7 +303,8 @@ def usable_cpus() -> int:
 
 
 def sentence(name: str, problem: Unbuildable) -> str:
-    kernels = "native kernels" if name == "gam_fused._C" else "CUDA kernels"
+    missing = {"gam_fused._C_cuda": "CUDA kernels", "gam_fused._C_direct": "calls past PyTorch's dispatcher"}
+    kernels = missing.get(name, "native kernels")
     advice = "" if isinstance(problem, NotWanted) else " Install gam_fused again when that is mended."
     return f"gam_fused was installed without its {kernels}: {problem}.{advice}"
 
@@ -293,7 +313,7 @@ def fail_if_asked_for(name: str, problem: Unbuildable) -> None:
     if isinstance(problem, NotWanted):
         return
     # That CUDA has no compiler here is no failure of the native build; that its compiler fails is one.
-    is_native = name == "gam_fused._C" or isinstance(problem, NotCompiled)
+    is_native = name != "gam_fused._C_cuda" or isinstance(problem, NotCompiled)
     variable = "GAM_FUSED_NATIVE" if NATIVE and is_native else "GAM_FUSED_CUDA" if CUDA else None
     if variable:
         raise SetupError(f"{variable}=1 asks for {name}, which cannot be built: {problem}")

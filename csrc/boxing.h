@@ -20,9 +20,11 @@ namespace gam_fused {
 
 using torch::stable::Tensor;
 
-// Owns the handles of a list's tensors.
+// The handles of a list's tensors: of one that PyTorch hands over, or borrowed from whoever keeps the tensors.
 class TensorList {
  public:
+    TensorList() = default;
+
     explicit TensorList(StableListHandle list) : list_(list) {
         size_t size = 0;
         STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
@@ -44,20 +46,23 @@ class TensorList {
     TensorList& operator=(TensorList&&) = delete;
 
     ~TensorList() {
-        for (const AtenTensorHandle handle : handles_) {
-            aoti_torch_delete_tensor_object(handle);
-        }
         if (list_ != nullptr) {
+            for (const AtenTensorHandle handle : handles_) {
+                aoti_torch_delete_tensor_object(handle);
+            }
             torch_delete_list(list_);
         }
     }
+
+    void reserve(size_t size) { handles_.reserve(size); }
+    void borrow(AtenTensorHandle handle) { handles_.push_back(handle); }
 
     size_t size() const { return handles_.size(); }
     bool empty() const { return handles_.empty(); }
     AtenTensorHandle operator[](size_t index) const { return handles_[index]; }
 
  private:
-    StableListHandle list_;
+    StableListHandle list_ = nullptr;  // null where handles are borrowed
     std::vector<AtenTensorHandle> handles_;
 };
 

@@ -6,12 +6,14 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "boxing.h"
 #include "cpu/chunk_kernels.h"
 #include "cpu/parallel.h"
+#include "direct/python_calls.h"
 #include "operands.h"
 #include "operators.h"
 #include "rounding.h"
@@ -294,31 +296,55 @@ void launch_adamw_step(const Operands& operands, const std::vector<void*>& state
     });
 }
 
+// visit(an Operator, its schema) for each.
+template <auto kFunction>
+struct Operator {
+    static constexpr auto function = kFunction;
+};
+
+template <typename Visit>
+void for_each_operator(const Visit& visit) {
+    visit(Operator<&l2_norm>{}, schemas::l2_norm);
+    visit(Operator<&l2_norm_pair>{}, schemas::l2_norm_pair);
+    visit(Operator<&difference_norm>{}, schemas::difference_norm);
+    visit(Operator<&perturb_<&launch_perturb>>{}, schemas::perturb_);
+    visit(Operator<&shift_<&launch_shift>>{}, schemas::shift_);
+    visit(Operator<&restore_<&launch_restore>>{}, schemas::restore_);
+    visit(Operator<&combine_<&launch_combine>>{}, schemas::combine_);
+    visit(Operator<&projection<&launch_projection>>{}, schemas::projection);
+    visit(Operator<&decompose_<&launch_decompose>>{}, schemas::decompose_);
+    visit(Operator<&sgd_step_<&launch_sgd_step>>{}, schemas::sgd_step_);
+    visit(Operator<&adamw_step_<&launch_adamw_step>>{}, schemas::adamw_step_);
+}
+
+std::string name_of(const std::string& schema) {
+    return schema.substr(0, schema.find('('));
+}
+
 }  // namespace
 
 }  // namespace gam_fused::cpu
 
+PyObject* gam_fused::direct::python_calls(const TensorAccess* access) {
+    tensor_access = access;
+    PyObject* const calls = PyDict_New();
+    cpu::for_each_operator([&](auto each, const char* schema) {
+        PyObject* const call = python_call<decltype(each)::function>(schema);
+        if (call != nullptr && calls != nullptr) {  // otherwise there is an exception to be found
+            PyDict_SetItemString(calls, cpu::name_of(schema).c_str(), call);
+        }
+        Py_XDECREF(call);
+    });
+    return calls;
+}
+
 STABLE_TORCH_LIBRARY(gam_fused, library) {
-    using namespace gam_fused;
-    for (const char* schema : {schemas::l2_norm, schemas::l2_norm_pair, schemas::difference_norm, schemas::perturb_,
-                               schemas::shift_, schemas::restore_, schemas::combine_, schemas::projection,
-                               schemas::decompose_, schemas::sgd_step_, schemas::adamw_step_}) {
-        library.def(schema);
-    }
+    gam_fused::cpu::for_each_operator([&](auto, const char* schema) { library.def(schema); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, library) {
     using namespace gam_fused;
-    using namespace gam_fused::cpu;
-    library.impl("l2_norm", boxed<&l2_norm>);
-    library.impl("l2_norm_pair", boxed<&l2_norm_pair>);
-    library.impl("difference_norm", boxed<&difference_norm>);
-    library.impl("perturb_", boxed<&perturb_<&launch_perturb>>);
-    library.impl("shift_", boxed<&shift_<&launch_shift>>);
-    library.impl("restore_", boxed<&restore_<&launch_restore>>);
-    library.impl("combine_", boxed<&combine_<&launch_combine>>);
-    library.impl("projection", boxed<&projection<&launch_projection>>);
-    library.impl("decompose_", boxed<&decompose_<&launch_decompose>>);
-    library.impl("sgd_step_", boxed<&sgd_step_<&launch_sgd_step>>);
-    library.impl("adamw_step_", boxed<&adamw_step_<&launch_adamw_step>>);
+    cpu::for_each_operator([&](auto each, const char* schema) {
+        library.impl(cpu::name_of(schema).c_str(), boxed<decltype(each)::function>);
+    });
 }

@@ -29,6 +29,8 @@ else:
     assert reason is None, reason
     assert available()["native"] is None
     assert _C.build_info()["version"] == gam_fused.__version__
+    assert extension.direct_unavailable_reason() is None, extension.direct_unavailable_reason()
+    assert set(extension.direct_calls()) == set(OPERATORS)
     assert Path(_C.__file__).parent == Path(gam_fused.__file__).parent
     for name in OPERATORS:
         schema = torch._C._get_schema(f"gam_fused::{name}", "")

@@ -185,13 +185,30 @@ def test_without_torch_the_package_builds_and_says_why_it_has_no_native_kernels(
 
 @pytest.mark.slow
 def test_sources_that_do_not_compile_are_told_or_an_error(checkout: Path) -> None:
-    (checkout / "csrc" / "build_info.cpp").write_text("#error wrong\n")
+    (checkout / "csrc" / "module.cpp").write_text("#error wrong\n")
     done = build(checkout)
     assert done.returncode == 0, done.stderr
     assert "gam_fused was installed without its native kernels: its sources did not compile" in done.stderr
     done = build(checkout, GAM_FUSED_NATIVE="1")
     assert done.returncode != 0
     assert "GAM_FUSED_NATIVE=1 asks for gam_fused._C, which cannot be built" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_release_of_pytorch_that_direct_calls_do_not_compile_with_leaves_the_kernels(checkout: Path) -> None:
+    (checkout / "csrc" / "direct" / "tensor_access.cpp").write_text("#error wrong\n")
+    done = build(checkout)
+    assert done.returncode == 0, done.stderr
+    reason = "gam_fused was installed without its calls past PyTorch's dispatcher: its sources did not compile"
+    assert reason in done.stderr
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    held = files(wheel)
+    assert [name for name in held if name.startswith("gam_fused/_C.")]
+    assert not [name for name in held if name.startswith("gam_fused/_C_direct.")]
+    assert reason in json.loads(held["gam_fused/_native_build.json"])["_C_direct"]
+    done = build(checkout, GAM_FUSED_NATIVE="1")
+    assert done.returncode != 0
+    assert "GAM_FUSED_NATIVE=1 asks for gam_fused._C_direct, which cannot be built" in done.stderr
 
 
 def test_an_extension_left_over_from_another_build_does_not_get_into_the_wheel(checkout: Path) -> None:
@@ -236,6 +253,7 @@ def test_cuda_kernels_are_left_out_on_request(checkout: Path) -> None:
     (wheel,) = (checkout / "dist").glob("*.whl")
     held = files(wheel)
     assert [name for name in held if name.startswith("gam_fused/_C.")]
+    assert [name for name in held if name.startswith("gam_fused/_C_direct.")]
     assert not [name for name in held if name.startswith("gam_fused/_C_cuda.")]
     assert json.loads(held["gam_fused/_native_build.json"]) == {
         "_C_cuda": "gam_fused was installed without its CUDA kernels: it was built with GAM_FUSED_CUDA=0."

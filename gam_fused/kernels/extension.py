@@ -1,8 +1,9 @@
 """The compiled extensions: whether they are there, why not, and how they were built.
 
 ``gam_fused._C`` defines the operators under ``torch.ops.gam_fused`` and their CPU kernels, ``gam_fused._C_cuda`` adds
-the CUDA kernels. Importing this module loads what can be loaded and never raises: a package without native kernels is
-slower, not broken.
+the CUDA kernels. ``gam_fused._C_direct`` lets the operators be called past PyTorch's dispatcher; it uses what is not in
+PyTorch's stable ABI and serves beside the one release only that it was built against. Importing this module loads what
+can be loaded and never raises: a package without native kernels is slower, not broken.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +32,21 @@ def unavailable_reason() -> str | None:
 def cuda_unavailable_reason() -> str | None:
     """``None`` when the CUDA kernels are loaded (with or without a device), otherwise why not and what to do."""
     return _CUDA if isinstance(_CUDA, str) else None
+
+
+def direct_unavailable_reason() -> str | None:
+    """``None`` when operators can be called past PyTorch's dispatcher, otherwise why not and what to do."""
+    return _DIRECT if isinstance(_DIRECT, str) else None
+
+
+def direct_calls() -> Mapping[str, Callable[..., Any]]:
+    """The operators by name as functions that skip PyTorch's dispatcher (``csrc/direct/python_calls.h``); may be none.
+
+    They take what the schemas name, count their mutations and give the operators' results and errors, or
+    ``NotImplemented``, with nothing done, where the dispatcher is needed: for tensors other than plain ones on the CPU,
+    under modes, transforms and profilers, and where an argument without ``None`` for a default is left out.
+    """
+    return {} if isinstance(_DIRECT, str) else _DIRECT
 
 
 def build_info() -> dict[str, Any] | None:
@@ -81,5 +98,22 @@ def _load_cuda() -> ModuleType | str:
     return _load("_C_cuda")
 
 
+def _load_direct() -> Mapping[str, Callable[..., Any]] | str:
+    if isinstance(_CPU, str):
+        return _CPU
+    module = _load("_C_direct")
+    if isinstance(module, str):
+        return module
+    built_for = module.build_info()["torch"]
+    if built_for != torch.__version__:
+        return (
+            f"gam_fused._C_direct was built for PyTorch {built_for}, and this is {torch.__version__}; "
+            "install gam_fused again."
+        )
+    calls: Mapping[str, Callable[..., Any]] = _CPU.python_calls(module.tensor_access)
+    return calls
+
+
 _CPU = _load("_C")
 _CUDA = _load_cuda()
+_DIRECT = _load_direct()

@@ -36,28 +36,24 @@ class NativeBackend(FusingBackend):
             return extension.cuda_unavailable_reason()
         return f"there are no native kernels for {device.type} devices."
 
-    @torch.no_grad()
     def l2_norm(self, tensors: TensorList) -> Tensor:
         """See :meth:`Backend.l2_norm`."""
         if not tensors:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         return self._launch("l2_norm", {"tensors": tensors})
 
-    @torch.no_grad()
     def l2_norm_pair(self, first: TensorList, second: TensorList) -> tuple[Tensor, Tensor]:
         """See :meth:`Backend.l2_norm_pair`; in one launch."""
         if not first or not second:
             return self.l2_norm(first), self.l2_norm(second)
         return self._launch("l2_norm_pair", {"first": first, "second": second})
 
-    @torch.no_grad()
     def difference_norm(self, ends: TensorList, starts: TensorList) -> Tensor:
         """See :meth:`Backend.difference_norm`."""
         if not ends and not starts:
             return self.l2_norm([])
         return self._launch("difference_norm", {"ends": ends, "starts": starts})
 
-    @torch.no_grad()
     def perturb_(
         self,
         params: TensorList,
@@ -74,7 +70,6 @@ class NativeBackend(FusingBackend):
         lists = {"params": params, "directions": directions}
         self._launch("perturb_", lists, (*norms, rho, xi), rounding_seed=_int64(rounding_seed))
 
-    @torch.no_grad()
     def shift_(
         self,
         params: TensorList,
@@ -92,12 +87,10 @@ class NativeBackend(FusingBackend):
         numbers = as_scalar(norm, params), rho, xi
         self._launch("shift_", lists, numbers, ("origins", "starts"), rounding_seed=_int64(rounding_seed))
 
-    @torch.no_grad()
     def restore_(self, params: TensorList, backups: TensorList) -> None:
         """See :meth:`Backend.restore_`."""
         self._launch("restore_", {"params": params, "backups": backups})
 
-    @torch.no_grad()
     def combine_(
         self,
         params: TensorList,
@@ -113,7 +106,6 @@ class NativeBackend(FusingBackend):
         lists = {"params": params, "backups": backups, "grads": grads, "hvps": hvps}
         self._launch("combine_", lists, (as_scalar(adversarial_norm, params), rho, alpha, xi))
 
-    @torch.no_grad()
     def projection(self, gradients: FourGradients) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Backend.projection`."""
         lists = gradients.lists
@@ -121,13 +113,11 @@ class NativeBackend(FusingBackend):
             return (self.l2_norm([]),) * 3
         return self._launch("projection", lists, gradients.weights)
 
-    @torch.no_grad()
     def decompose_(self, gradients: FourGradients, projection: Tensor, plus_norm: Tensor, xi: float) -> None:
         """See :meth:`Backend.decompose_`."""
         norms = as_scalar(projection, gradients.grads), as_scalar(plus_norm, gradients.grads)
         self._launch("decompose_", gradients.lists, (*norms, *gradients.weights, xi))
 
-    @torch.no_grad()
     def sgd_step_(
         self, descent: Descent, momentum_buffers: TensorList, rule: SGDRule, *, first_step: bool = False
     ) -> None:
@@ -136,7 +126,6 @@ class NativeBackend(FusingBackend):
         optional = () if rule.momentum else ("momentum_buffers",)
         self._step("sgd_step_", descent, state, vars(rule), optional, first_step=first_step)
 
-    @torch.no_grad()
     def adamw_step_(self, descent: Descent, state: AdamWState, rule: AdamWRule) -> None:
         """See :meth:`FusingBackend.adamw_step_`."""
         hyperparameters = dict(vars(rule))
@@ -177,27 +166,40 @@ class NativeBackend(FusingBackend):
     ) -> Any:
         if not any(lists.values()):
             return None  # without a tensor, PyTorch cannot tell which device's kernel to call
-        operator = getattr(torch.ops.gam_fused, name).default
-
-        def run(lists: _Lists) -> Any:
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return operator(*lists.values(), *numbers, **options)
-
         try:
-            result = run(lists)
+            result = _call_directly(name, lists, numbers, options)
+            if result is not NotImplemented:
+                return result
+            result = _dispatch(name, lists, numbers, options)
         # What the operators raise themselves, and what PyTorch does where an argument is no tensor or on no device that
         # has kernels. Nothing has been written.
         except (RuntimeError, TypeError, ValueError):
-            dense = _dense_copies(
-                name, {key: tensors for key, tensors in lists.items() if tensors or key not in optional}
-            )
-            if not dense:
-                raise
-            result = run({key: dense.get(key, tensors) for key, tensors in lists.items()})
-            copy_back(lists, dense, operators.WRITTEN[name])
+            given = {key: tensors for key, tensors in lists.items() if tensors or key not in optional}
+            with torch.no_grad():
+                dense = _dense_copies(name, given)
+                if not dense:
+                    raise
+                result = _dispatch(name, {**lists, **dense}, numbers, options)
+                copy_back(lists, dense, operators.WRITTEN[name])
         # Last: until every byte is written, versions say that none is.
         operators.count_mutations(name, lists)
         return result
+
+
+_DIRECT_CALLS = extension.direct_calls()
+
+
+def _call_directly(name: str, lists: _Lists, numbers: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """Past PyTorch's dispatcher, mutations counted; ``NotImplemented``, with nothing done, where that cannot be."""
+    call = _DIRECT_CALLS.get(name)
+    return NotImplemented if call is None else call(*lists.values(), *numbers, **options)
+
+
+def _dispatch(name: str, lists: _Lists, numbers: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """Through PyTorch's dispatcher, mutations not counted."""
+    operator = getattr(torch.ops.gam_fused, name).default
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return operator(*lists.values(), *numbers, **options)
 
 
 def _dense_copies(name: str, lists: _Lists) -> _Lists:

@@ -70,6 +70,33 @@ def test_cuda_kernels_need_the_operators_and_a_pytorch_with_cuda(monkeypatch: py
     assert extension._load_cuda() == "no compiler."
 
 
+def test_direct_calls_are_for_the_release_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    operators = types.SimpleNamespace(python_calls=lambda access: asked.append(access) or {"l2_norm": sum})
+    direct = types.SimpleNamespace(tensor_access="a capsule", build_info=lambda: facts)
+    monkeypatch.setattr(extension, "_CPU", operators)
+    loads(monkeypatch, direct)
+    facts = {"version": gam_fused.__version__, "torch": torch.__version__}
+    assert extension._load_direct() == {"l2_norm": sum}
+    assert asked == ["a capsule"]
+    facts["torch"] = "1.0"
+    reason = f"gam_fused._C_direct was built for PyTorch 1.0, and this is {torch.__version__}; install gam_fused again."
+    assert extension._load_direct() == reason
+    assert asked == ["a capsule"]  # nothing of another release's is called
+    monkeypatch.setattr(extension, "_CPU", "no compiler.")
+    assert extension._load_direct() == "no compiler."
+
+
+def test_without_direct_calls_there_are_none_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_DIRECT", "built for another.")
+    assert extension.direct_unavailable_reason() == "built for another."
+    assert extension.direct_calls() == {}
+    calls = {"l2_norm": sum}
+    monkeypatch.setattr(extension, "_DIRECT", calls)
+    assert extension.direct_unavailable_reason() is None
+    assert extension.direct_calls() == calls
+
+
 def test_build_info_merges_both_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "_CPU", built("1"))
     monkeypatch.setattr(extension, "_CUDA", "no nvcc.")

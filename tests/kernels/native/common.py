@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gam_fused import kernels
 from gam_fused.kernels import extension
+from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule
 
 needs_native = pytest.mark.skipif(
     extension.unavailable_reason() is not None, reason=str(extension.unavailable_reason())
+)
+needs_direct = pytest.mark.skipif(
+    extension.direct_unavailable_reason() is not None, reason=str(extension.direct_unavailable_reason())
 )
 ops = torch.ops.gam_fused
 
@@ -53,6 +59,23 @@ over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
+class NeedsDispatcher(Exception):
+    """A direct call has returned ``NotImplemented``."""
+
+
+def call_directly(name: str, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """A call past PyTorch's dispatcher, with the schema's defaults for what is left out; as the backend makes them."""
+    defaults = {
+        argument.name: argument.default_value
+        for argument in getattr(ops, name).default._schema.arguments[len(args) :]
+        if argument.has_default_value()
+    }
+    result = extension.direct_calls()[name](*args, **{**defaults, **options})
+    if result is NotImplemented:
+        raise NeedsDispatcher(name)
+    return result
+
+
 class Call:
     """A call that works, to be broken in one place."""
 
@@ -90,6 +113,11 @@ class Call:
         with torch.no_grad():
             return getattr(ops, self.name)(*args, **options)
 
+    def directly(self) -> Any:
+        """The same past PyTorch's dispatcher, with ``NotImplemented`` as an error."""
+        args, options = self.arguments()
+        return call_directly(self.name, args, options)
+
     def tensors(self) -> list[Tensor]:
         return [tensor for tensors in self.lists.values() for tensor in tensors]
 
@@ -104,3 +132,23 @@ class FullCall(Call):
             options["lr_tensor"] = torch.full_like(self.norms[0], 0.1)
             options["grad_scale"], options["found_inf"] = torch.tensor(2.0), torch.tensor(0.0)
         return args, options
+
+
+def run_through_backend(call: Call) -> None:
+    native = kernels.resolve("native")
+    args, _ = call.arguments()
+    if call.name in ("projection", "decompose_"):
+        gradients = FourGradients(*call.lists.values(), weights=WEIGHTS)  # type: ignore[misc]
+        numbers = () if call.name == "projection" else (*call.norms, 1e-12)
+        getattr(native, call.name)(gradients, *numbers)
+        return
+    if call.name not in ("sgd_step_", "adamw_step_"):
+        getattr(native, call.name)(*args)
+        return
+    lists = dict(call.lists)
+    from_theta = [lists.pop(key) for key in ("params", "backups", "grads", "hvps")]
+    descent = Descent(*from_theta, call.norms[0], 0.1, 0.3, 1e-12)
+    if call.name == "sgd_step_":
+        native.sgd_step_(descent, lists["momentum_buffers"], SGDRule(lr=0.1, momentum=0.9))
+    else:
+        native.adamw_step_(descent, AdamWState(**lists), AdamWRule(lr=0.1, amsgrad=True))

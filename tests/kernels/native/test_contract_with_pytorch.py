@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gam_fused import kernels
-from gam_fused.kernels.rules import AdamWRule, AdamWState, Descent, FourGradients, SGDRule
 from tests.kernels.native.common import (
     LISTS,
-    WEIGHTS,
     WRITTEN,
     Call,
     needs_native,
@@ -23,6 +20,7 @@ from tests.kernels.native.common import (
     over_dtypes,
     over_mutations,
     over_operators,
+    run_through_backend,
 )
 
 pytestmark = needs_native
@@ -40,24 +38,6 @@ def test_opcheck_with_a_rounding_seed(name: str) -> None:
     pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
     args, options = Call(name, [(3,), (2, 5), ()], torch.bfloat16).arguments()
     torch.library.opcheck(getattr(ops, name).default, tuple(args), {**options, "rounding_seed": -(2**63)})
-
-
-def run_through_backend(call: Call) -> None:
-    native = kernels.resolve("native")
-    args, _ = call.arguments()
-    if call.name == "decompose_":
-        native.decompose_(FourGradients(*call.lists.values(), weights=WEIGHTS), *call.norms, 1e-12)  # type: ignore[misc]
-        return
-    if call.name not in ("sgd_step_", "adamw_step_"):
-        getattr(native, call.name)(*args)
-        return
-    lists = dict(call.lists)
-    from_theta = [lists.pop(key) for key in ("params", "backups", "grads", "hvps")]
-    descent = Descent(*from_theta, call.norms[0], 0.1, 0.3, 1e-12)
-    if call.name == "sgd_step_":
-        native.sgd_step_(descent, lists["momentum_buffers"], SGDRule(lr=0.1, momentum=0.9))
-    else:
-        native.adamw_step_(descent, AdamWState(**lists), AdamWRule(lr=0.1, amsgrad=True))
 
 
 @over_mutations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,10 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.native.common import DTYPES, LISTS, WRITTEN, Call, FullCall, needs_native, ops, over_operators
+from tests.kernels.native.common import (
+    DTYPES,
+    LISTS,
+    WRITTEN,
+    Call,
+    FullCall,
+    NeedsDispatcher,
+    call_directly,
+    needs_direct,
+    needs_native,
+    ops,
+    over_operators,
+)
 from tests.kernels.tensor_lists import bits
 
-pytestmark = needs_native
+pytestmark = [needs_native, needs_direct]
 
 refusals = (RuntimeError, TypeError, ValueError, NotImplementedError)
 
@@ -25,6 +38,25 @@ def freed(tensor: Tensor) -> Tensor:
     view = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype)[8:].view(tensor.shape)
     view.untyped_storage().resize_(0)
     return view
+
+
+@contextmanager
+def refused_directly() -> Iterator[None]:
+    """Around a direct call that is an error, or one for PyTorch's dispatcher, which then raises it."""
+    with pytest.raises((RuntimeError, NeedsDispatcher)):
+        yield
+
+
+def assert_refused(call: Call, whole: Sequence[Tensor]) -> None:
+    """Through PyTorch's dispatcher and past it; the whole tensors keep their bits and versions."""
+    before = [bits(tensor).clone() for tensor in whole]
+    versions = [tensor._version for tensor in whole]
+    with pytest.raises(refusals):
+        call()
+    with refused_directly():
+        call.directly()
+    assert all(torch.equal(bits(tensor), old) for tensor, old in zip(whole, before, strict=True))
+    assert [tensor._version for tensor in whole] == versions
 
 
 REPLACEMENTS: dict[str, Callable[[Tensor], Any]] = {
@@ -111,10 +143,7 @@ def test_malformed_calls_raise_and_write_nothing(name: str, data: st.DataObject)
     else:
         wrong = [torch.tensor([1.0, 2.0]), torch.tensor(1), torch.tensor(1.0, device="meta"), torch.tensor(1.0).half()]
         call.norms[0] = data.draw(st.sampled_from(wrong))
-    before = [bits(tensor).clone() for tensor in whole]
-    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)):
-        call()
-    assert all(torch.equal(bits(tensor), old) for tensor, old in zip(whole, before, strict=True))
+    assert_refused(call, whole)
 
 
 # The numbers that are tensors, and where they stand: a position, a position in a list of guards, or a name.
@@ -165,10 +194,12 @@ def test_a_malformed_number_raises_and_nothing_is_written(
     holder[place] = BAD_NUMBERS[fault](holder[place])
     with pytest.raises(refusals):
         getattr(ops, name)(*args, **options)
+    with refused_directly():
+        call_directly(name, args, options)
     assert all(torch.equal(bits(t), old) for t, old in zip(call.tensors(), before, strict=True))
     assert [t._version for t in call.tensors()] == versions
-    args, options = call.arguments()  # the same call without the fault is taken
-    getattr(ops, name)(*args, **options)
+    call()  # the same call without the fault is taken
+    call.directly()
 
 
 @over_operators
@@ -188,10 +219,7 @@ def test_several_faults_at_once_raise_and_write_nothing(name: str, data: st.Data
     for number, (key, at) in enumerate(data.draw(st.lists(places, min_size=2, max_size=5, unique=True))):
         kind = data.draw(st.sampled_from(replacements if number else certain))
         call.lists[key][at] = REPLACEMENTS[kind](call.lists[key][at])
-    before = [bits(tensor).clone() for tensor in whole]
-    with pytest.raises(refusals):
-        call()
-    assert all(torch.equal(bits(tensor), old) for tensor, old in zip(whole, before, strict=True))
+    assert_refused(call, whole)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -218,8 +246,4 @@ def test_norms_of_two_devices_are_refused(order: int) -> None:
 def test_malformed_step_counts_raise_and_nothing_is_written(wrong: Callable[[], list[Tensor]]) -> None:
     call = Call("adamw_step_", [(4,), (2, 3)])
     call.lists["state_steps"] = wrong()
-    on_cpu = [tensor for tensor in call.tensors() if tensor.device.type == "cpu"]
-    before = [tensor.clone() for tensor in on_cpu]
-    with pytest.raises(refusals):
-        call()
-    assert all(torch.equal(tensor, old) for tensor, old in zip(on_cpu, before, strict=True))
+    assert_refused(call, [tensor for tensor in call.tensors() if tensor.device.type == "cpu"])

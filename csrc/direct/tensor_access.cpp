@@ -1,0 +1,66 @@
+// The Python module `gam_fused._C_direct`: the one file that uses PyTorch's own C++ interface, which changes with every
+// release. build_info() says which one it was built for; beside any other, nothing of it is called (extension.py).
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/record_function.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+
+#include "../build_info.h"
+#include "tensor_access.h"
+
+namespace gam_fused::direct {
+
+namespace {
+
+// Backend bits count, which DispatchKeySet's own operators leave out.
+bool is_within(c10::DispatchKeySet keys, c10::DispatchKeySet others) {
+    return (keys.raw_repr() & ~others.raw_repr()) == 0;
+}
+
+bool is_unobserved() {
+    // Autocast has nothing to say of operators that are not registered with it.
+    static const c10::DispatchKeySet harmless = c10::default_included_set | c10::autocast_dispatch_keyset;
+    const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+    return is_within(local.included_, harmless) && !at::impl::torch_function_mode_enabled() && !at::hasCallbacks();
+}
+
+AtenTensorHandle borrow(PyObject* object) {
+    static const c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                            c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+    if (!THPVariable_CheckExact(object)) {
+        return nullptr;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    if (!tensor.defined() || !is_within(tensor.key_set(), plain)) {
+        return nullptr;
+    }
+    // Handles point to tensors; what is done with this one leaves the tensor object as it is.
+    return torch::aot_inductor::tensor_pointer_to_tensor_handle(const_cast<at::Tensor*>(&tensor));
+}
+
+void count_mutation(AtenTensorHandle handle) {
+    const at::Tensor& tensor = *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+    if (!tensor.is_inference()) {  // which have no version
+        torch::autograd::impl::bump_version(tensor);
+    }
+}
+
+PyObject* to_python(AtenTensorHandle handle) {
+    return THPVariable_Wrap(*torch::aot_inductor::tensor_handle_to_tensor_pointer(handle));
+}
+
+const TensorAccess kAccess = {&is_unobserved, &borrow, &count_mutation, &to_python};
+
+}  // namespace
+
+}  // namespace gam_fused::direct
+
+PYBIND11_MODULE(_C_direct, module) {
+    using namespace gam_fused;
+    module.def("build_info", &build_info);
+    module.attr("tensor_access") = pybind11::capsule(&direct::kAccess, direct::kTensorAccess);
+}

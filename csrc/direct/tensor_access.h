@@ -1,0 +1,33 @@
+// What the stable ABI has no function for: taking tensors from Python's objects and giving them back.
+//
+// Implemented in tensor_access.cpp, against one release of PyTorch, as the extension `gam_fused._C_direct`. Functions
+// are called with Python's global interpreter lock held.
+
+#pragma once
+
+#include <Python.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+namespace gam_fused::direct {
+
+struct TensorAccess {
+    // Whether a call past the dispatcher differs from one through it in nothing but time: no mode, transform or
+    // profiler is there that would see the call.
+    bool (*is_unobserved)();
+
+    // The tensor within the object, for as long as that lives. Null for anything but a CPU tensor that is nothing more:
+    // no subclass, no other layout, no negated view, nothing that a transform has wrapped.
+    AtenTensorHandle (*borrow)(PyObject* object);
+
+    // As torch.autograd.graph.increment_version.
+    void (*count_mutation)(AtenTensorHandle tensor);
+
+    // A new reference to a Python object of the tensor, or null with an exception set.
+    PyObject* (*to_python)(AtenTensorHandle tensor);
+};
+
+// Of the capsule that holds one.
+constexpr const char* kTensorAccess = "gam_fused._C_direct.tensor_access";
+
+}  // namespace gam_fused::direct

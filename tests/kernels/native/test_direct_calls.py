@@ -1,0 +1,312 @@
+"""Calls past PyTorch's dispatcher: what they do is what the dispatcher's do, and what is for it they leave to it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gam_fused import kernels
+from gam_fused.kernels import extension, native
+from tests.kernels.native.common import (
+    LISTS,
+    WRITTEN,
+    Call,
+    FullCall,
+    NeedsDispatcher,
+    call_directly,
+    needs_direct,
+    over_dtypes,
+    over_mutations,
+    over_operators,
+    run_through_backend,
+)
+from tests.kernels.tensor_lists import bits
+
+pytestmark = needs_direct
+
+SHAPES = [(4,), (2, 3), (0,), (5000,), ()]
+
+
+def twins(kind: type[Call], name: str, dtype: torch.dtype = torch.float32) -> tuple[Call, Call]:
+    """Two calls with equal tensors."""
+    calls = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        calls.append(kind(name, SHAPES, dtype))
+    return calls[0], calls[1]
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    pairs = zip(*([x] if isinstance(x, Tensor) else list(x or ()) for x in (one, other)), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(bits(a), bits(b)) for a, b in pairs)
+
+
+@over_operators
+@over_dtypes
+@pytest.mark.parametrize("kind", [Call, FullCall])
+def test_bits_and_versions_are_those_of_the_dispatcher(name: str, dtype: torch.dtype, kind: type[Call]) -> None:
+    direct, dispatched = twins(kind, name, dtype)
+    before = [tensor._version for tensor in direct.tensors()]
+    assert same_bits(direct.directly(), dispatched())
+    assert same_bits(direct.tensors(), dispatched.tensors())
+    counted = [tensor._version - old for tensor, old in zip(direct.tensors(), before, strict=True)]
+    expected = [int(key in WRITTEN[name]) for key, tensors in direct.lists.items() for _ in tensors]
+    assert counted == expected
+
+
+@pytest.mark.parametrize("name", ["perturb_", "shift_", "sgd_step_", "adamw_step_"])
+@pytest.mark.parametrize("seed", [None, 0, 7, -(2**63), 2**63 - 1])
+def test_rounding_seeds_reach_the_kernels(name: str, seed: int | None) -> None:
+    direct, dispatched = twins(Call, name, torch.bfloat16)
+    for call, run in ((direct, call_directly), (dispatched, through_dispatcher)):
+        args, options = call.arguments()
+        run(name, args, {**options, "rounding_seed": seed})
+    assert same_bits(direct.tensors(), dispatched.tensors())
+
+
+def through_dispatcher(name: str, args: list[Any], options: dict[str, Any]) -> Any:
+    return getattr(torch.ops.gam_fused, name)(*args, **options)
+
+
+@over_operators
+def test_lists_may_be_tuples_and_numbers_integers(name: str) -> None:
+    direct, dispatched = twins(Call, name)
+    args, options = direct.arguments()
+    args = [tuple(x) if isinstance(x, list) else 1 if isinstance(x, float) else x for x in args]
+    result = call_directly(name, args, options)
+    args, options = dispatched.arguments()
+    expected = through_dispatcher(name, [1 if isinstance(x, float) else x for x in args], options)
+    assert same_bits(result, expected)
+    assert same_bits(direct.tensors(), dispatched.tensors())
+
+
+@over_operators
+def test_parameters_and_tensors_of_a_graph_are_taken(name: str) -> None:
+    direct, dispatched = twins(Call, name)
+    for call in (direct, dispatched):
+        first = next(iter(call.lists))
+        call.lists[first] = [torch.nn.Parameter(tensor) for tensor in call.lists[first]]
+    assert same_bits(direct.directly(), dispatched())
+    assert same_bits(direct.tensors(), dispatched.tensors())
+    assert all(isinstance(t, torch.nn.Parameter) for t in direct.lists[first])
+
+
+def test_tensors_of_inference_mode_are_written_and_have_no_version() -> None:
+    with torch.inference_mode():
+        call = Call("restore_", SHAPES)
+        call.directly()
+        assert same_bits(call.lists["params"], call.lists["backups"])
+
+
+# ---------------------------------------------------------------- what is left to the dispatcher
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+TENSORS: dict[str, Callable[[Tensor], Any]] = {
+    "a subclass": lambda t: t.as_subclass(Subclass),
+    "a negated view": lambda t: torch._neg_view(t),
+    "a conjugated view": lambda t: torch.zeros(t.shape, dtype=torch.complex64).conj(),
+    "a sparse tensor": lambda t: t.to_sparse(),
+    "a tensor of oneDNN's": lambda t: t.reshape(-1).to_mkldnn(),
+    "a meta tensor": lambda t: t.to("meta"),
+    "None": lambda t: None,
+    "an array": lambda t: t.numpy(),
+}
+
+
+@over_operators
+@pytest.mark.parametrize("what", list(TENSORS))
+def test_other_tensors_are_left_to_the_dispatcher(name: str, what: str) -> None:
+    for key, last in itertools.product(LISTS[name], (0, 1)):
+        call = Call(name, [(4,), (2, 3)])
+        whole = call.tensors()
+        before, versions = [t.clone() for t in whole], [t._version for t in whole]
+        call.lists[key][last] = TENSORS[what](call.lists[key][last])
+        with pytest.raises(NeedsDispatcher):
+            call.directly()
+        assert same_bits(whole, before)
+        assert [t._version for t in whole] == versions
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "a torch function mode": FunctionMode,
+    "a dispatch mode": DispatchMode,
+    "a profiler": lambda: profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+}
+
+
+@over_operators
+@pytest.mark.parametrize("mode", list(MODES))
+def test_what_watches_operators_sees_the_call(name: str, mode: str) -> None:
+    call = Call(name, SHAPES)
+    before = [tensor.clone() for tensor in call.tensors()]
+    with MODES[mode](), pytest.raises(NeedsDispatcher):
+        call.directly()
+    assert same_bits(call.tensors(), before)
+    call.directly()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu"), nullcontext])
+def test_what_does_not_watch_operators_is_no_reason(context: Callable[[], AbstractContextManager[Any]]) -> None:
+    call = Call("l2_norm", SHAPES)
+    with context():
+        assert same_bits(call.directly(), Call.__call__(call))
+
+
+def test_profilers_see_what_the_back_end_calls() -> None:
+    call = Call("restore_", SHAPES)
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
+        kernels.resolve("native").restore_(*call.lists.values())
+    assert "gam_fused::restore_" in {event.key for event in watched.key_averages()}
+
+
+def test_tensors_in_a_transform_are_left_to_the_dispatcher() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(extension.direct_calls()["l2_norm"]([x]))
+        return x.sum()
+
+    torch.func.vmap(function)(torch.ones(2, 3))
+    torch.func.grad(function)(torch.ones(3))
+    assert seen == [NotImplemented, NotImplemented]
+
+
+WRONG: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
+    "an unknown name": lambda args, options: options.update(bias=1.0),
+    "an argument twice": lambda args, options: options.update(params=args[0]),
+    "too many": lambda args, options: args.extend([None] * 40),
+    "too few": lambda args, options: args.pop(),
+    "an iterator": lambda args, options: args.__setitem__(0, iter(args[0])),
+    "a number in words": lambda args, options: args.__setitem__(4, "0.1"),
+    "a huge number": lambda args, options: args.__setitem__(4, 10**400),
+    "a truth for a number": lambda args, options: args.__setitem__(4, True),
+    "no norm": lambda args, options: args.__setitem__(2, None),
+    "a seed of too many bits": lambda args, options: options.update(rounding_seed=2**63),
+    "a fraction for a seed": lambda args, options: options.update(rounding_seed=1.0),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_calls_that_no_schema_takes_are_left_to_the_dispatcher(wrong: str) -> None:
+    call = Call("perturb_", SHAPES)
+    before = [tensor.clone() for tensor in call.tensors()]
+    args, options = call.arguments()
+    WRONG[wrong](args, options)
+    assert extension.direct_calls()["perturb_"](*args, **options) is NotImplemented
+    assert same_bits(call.tensors(), before)
+
+
+# ---------------------------------------------------------------- references
+
+
+def references(call: Call, args: list[Any]) -> list[int]:
+    return [sys.getrefcount(x) for x in (*call.tensors(), *call.norms, *call.lists.values(), *args)]
+
+
+@over_operators
+def test_no_reference_is_left_or_lost(name: str) -> None:
+    """Whether the call is made, refused or left to the dispatcher."""
+    call = FullCall(name, [(4,), (2, 3)])
+    args, options = call.arguments()
+    refused = [[*args[0][:-1], torch.zeros(3, dtype=torch.int32)], *args[1:]]
+    left = [[*args[0][:-1], None], *args[1:]]
+    before = references(call, args)
+    for _ in range(10):
+        call_directly(name, args, options)
+        with pytest.raises(RuntimeError):
+            call_directly(name, refused, options)
+        with pytest.raises(NeedsDispatcher):
+            call_directly(name, left, options)
+    gc.collect()  # of tracebacks
+    assert references(call, args) == before
+
+
+def test_results_are_tensors_of_their_own() -> None:
+    call = Call("l2_norm_pair", SHAPES)
+    first, second = call.directly()
+    assert sys.getrefcount(first) == sys.getrefcount(second) == 2
+    assert type(first) is Tensor
+    assert not first.requires_grad
+    assert first._version == 0
+
+
+def test_other_threads_run_meanwhile_and_cannot_take_tensors_away() -> None:
+    size = 30_000_000
+    params, backups = [torch.zeros(size)], [torch.ones(size)]
+    param = params[0]
+    held = sys.getrefcount(param)
+    done = threading.Event()
+
+    def restore() -> None:
+        extension.direct_calls()["restore_"](params, backups)
+        done.set()
+
+    for _ in range(20):  # until this thread is awake while the other one is in the call
+        done.clear()
+        thread = threading.Thread(target=restore)
+        thread.start()
+        while sys.getrefcount(param) == held and not done.is_set():
+            pass
+        was_in_the_call = sys.getrefcount(param) > held
+        if was_in_the_call:
+            backups.clear()
+        thread.join()
+        if was_in_the_call:
+            break
+    assert was_in_the_call
+    assert bool((param == 1).all())
+
+
+# ---------------------------------------------------------------- where the back end makes them
+
+
+@over_operators
+def test_back_end_calls_directly_where_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dispatch(*_: Any) -> None:
+        raise AssertionError("through the dispatcher")
+
+    monkeypatch.setattr(native, "_dispatch", dispatch)
+    run_through_backend(Call(name, SHAPES))
+    call = Call(name, SHAPES)
+    for key in LISTS[name]:
+        call.lists[key][0] = call.lists[key][0].as_subclass(Subclass)
+    with pytest.raises(AssertionError, match="through the dispatcher"):
+        run_through_backend(call)
+
+
+@over_mutations
+def test_back_end_counts_a_mutation_once_on_either_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    for calls in (extension.direct_calls(), {}):
+        monkeypatch.setattr(native, "_DIRECT_CALLS", calls)
+        call = Call(name, [(3,), (2, 2)])
+        before = [tensor._version for tensor in call.tensors()]
+        run_through_backend(call)
+        counted.append([tensor._version - old for tensor, old in zip(call.tensors(), before, strict=True)])
+    assert counted[0] == counted[1]
