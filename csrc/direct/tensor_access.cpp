@@ -22,10 +22,8 @@ bool is_within(c10::DispatchKeySet keys, c10::DispatchKeySet others) {
 }
 
 bool is_unobserved() {
-    // Autocast has nothing to say of operators that are not registered with it.
-    static const c10::DispatchKeySet harmless = c10::default_included_set | c10::autocast_dispatch_keyset;
-    const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-    return is_within(local.included_, harmless) && !at::impl::torch_function_mode_enabled() && !at::hasCallbacks();
+    return is_within(c10::impl::tls_local_dispatch_key_set().included_, c10::default_included_set) &&
+           !at::impl::torch_function_mode_enabled() && !at::hasCallbacks();
 }
 
 AtenTensorHandle borrow(PyObject* object) {
@@ -44,7 +42,7 @@ AtenTensorHandle borrow(PyObject* object) {
 
 void count_mutation(AtenTensorHandle handle) {
     const at::Tensor& tensor = *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
-    if (!tensor.is_inference()) {  // which have no version
+    if (!tensor.is_inference()) {  // one has no version, and says so outside of inference mode
         torch::autograd::impl::bump_version(tensor);
     }
 }

@@ -103,9 +103,13 @@ def test_parameters_and_tensors_of_a_graph_are_taken(name: str) -> None:
     assert all(isinstance(t, torch.nn.Parameter) for t in direct.lists[first])
 
 
-def test_tensors_of_inference_mode_are_written_and_have_no_version() -> None:
+@pytest.mark.parametrize("context", [torch.inference_mode, nullcontext])
+def test_tensors_of_inference_mode_are_written_and_have_no_version(
+    context: Callable[[], AbstractContextManager[Any]],
+) -> None:
     with torch.inference_mode():
         call = Call("restore_", SHAPES)
+    with context():
         call.directly()
         assert same_bits(call.lists["params"], call.lists["backups"])
 
