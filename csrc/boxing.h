@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "description.h"
+
 namespace gam_fused {
 
 using torch::stable::Tensor;
@@ -37,7 +39,7 @@ class TensorList {
     }
 
     TensorList(TensorList&& other) noexcept
-        : list_(std::exchange(other.list_, nullptr)), handles_(std::move(other.handles_)) {
+        : list_(std::exchange(other.list_, nullptr)), reader_(other.reader_), handles_(std::move(other.handles_)) {
         other.handles_.clear();
     }
 
@@ -54,15 +56,22 @@ class TensorList {
         }
     }
 
-    void reserve(size_t size) { handles_.reserve(size); }
+    // Tensors that are to be borrowed: how many, and how they are read.
+    void expect(size_t size, const TensorReader& reader) {
+        handles_.reserve(size);
+        reader_ = &reader;
+    }
+
     void borrow(AtenTensorHandle handle) { handles_.push_back(handle); }
 
     size_t size() const { return handles_.size(); }
     bool empty() const { return handles_.empty(); }
     AtenTensorHandle operator[](size_t index) const { return handles_[index]; }
+    const TensorReader& reader() const { return *reader_; }
 
  private:
     StableListHandle list_ = nullptr;  // null where handles are borrowed
+    const TensorReader* reader_ = &kStableReader;
     std::vector<AtenTensorHandle> handles_;
 };
 

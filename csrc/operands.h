@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "boxing.h"
+#include "description.h"
 #include "dtype.h"
 
 namespace gam_fused {
@@ -72,122 +73,6 @@ class Operands {
     void check_disjoint(const std::vector<ListArgument>& lists, std::vector<Range>& ranges) const;
 };
 
-namespace detail {
-
-// What is checked of a tensor, read once, and in few calls: what they cost per tensor is most of what a launch over
-// hundreds of small ones does.
-class Description {
- public:
-    explicit Description(AtenTensorHandle handle) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_code));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-        static const int32_t cpu = aoti_torch_device_type_cpu();
-        if (device_type != cpu) {  // of which there is one
-            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
-        }
-        is_strided = aoti_torch_get_strides(handle, &strides) == TORCH_SUCCESS;  // others have none to give
-        if (is_strided) {
-            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-            numel = std::accumulate(sizes, sizes + dim, int64_t{1}, std::multiplies<>());
-        }
-    }
-
-    // Of the dtypes that tensors may have. Comparing with all others as well, as Tensor::scalar_type() does, would cost
-    // more than all other checks together.
-    std::optional<Dtype> dtype() const {
-        static const int32_t codes[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(),
-                                        aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
-        for (uint8_t i = 0; i < 4; ++i) {
-            if (dtype_code == codes[i]) {
-                return static_cast<Dtype>(i);
-            }
-        }
-        return std::nullopt;
-    }
-
-    // Whether the elements fill a run of memory without gap or overlap, whatever the order of dimensions.
-    bool is_dense() const {
-        int64_t run = 1;
-        bool is_contiguous = true;
-        for (int64_t i = dim - 1; i >= 0 && is_contiguous; --i) {
-            is_contiguous = sizes[i] == 1 || strides[i] == run;
-            run *= sizes[i];
-        }
-        return is_contiguous || numel < 2 || is_permuted();
-    }
-
-    bool has_sizes_of(const Description& other) const {
-        return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
-    }
-
-    // Of tensors with equal sizes: whether equal elements stand at equal places.
-    bool has_strides_of(const Description& other) const {
-        for (int64_t i = 0; i < dim; ++i) {
-            if (strides[i] != other.strides[i] && sizes[i] != 1) {
-                return numel == 0;
-            }
-        }
-        return true;
-    }
-
-    std::string shape() const {
-        std::ostringstream out;
-        out << "(";
-        for (int64_t i = 0; i < dim; ++i) {
-            out << sizes[i] << (i + 1 < dim ? ", " : dim == 1 ? "," : "");
-        }
-        out << ")";
-        return out.str();
-    }
-
-    bool is_strided = false;
-    int32_t dtype_code = 0;
-    int32_t device_type = 0;
-    int32_t device_index = 0;
-    int64_t numel = 0;
-    int64_t dim = 0;
-    int64_t* sizes = nullptr;
-    int64_t* strides = nullptr;
-
- private:
-    // Dimensions by ascending stride: each has to begin where the smaller ones end.
-    bool is_permuted() const {
-        std::vector<int64_t> order;
-        for (int64_t i = 0; i < dim; ++i) {
-            if (sizes[i] != 1) {
-                order.push_back(i);
-            }
-        }
-        std::sort(order.begin(), order.end(), [this](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-        int64_t run = 1;
-        for (const int64_t i : order) {
-            if (strides[i] != run) {
-                return false;
-            }
-            run *= sizes[i];
-        }
-        return true;
-    }
-};
-
-// The address of a tensor's elements, or nothing where its storage does not hold them: it was freed or resized.
-inline std::optional<void*> address_of(AtenTensorHandle handle, int64_t numel, size_t element_size) {
-    if (numel == 0) {
-        return nullptr;
-    }
-    void* address = nullptr;
-    int64_t offset = 0;
-    int64_t storage_bytes = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage_bytes));
-    const bool is_whole = address != nullptr && storage_bytes / static_cast<int64_t>(element_size) >= offset + numel;
-    return is_whole ? std::optional(address) : std::nullopt;
-}
-
-}  // namespace detail
-
 inline Operands::Operands(std::initializer_list<ListArgument> arguments, bool same_shape) {
     const std::vector<ListArgument> lists(arguments);
     const ListArgument& first = lists.front();
@@ -200,7 +85,7 @@ inline Operands::Operands(std::initializer_list<ListArgument> arguments, bool sa
 
     bool is_first_tensor = true;  // its dtype and device are the ones expected
     int32_t dtype_code = 0;
-    std::vector<detail::Description> models;  // of the first list, for the shapes of the others
+    std::vector<Description> models;  // of the first list, for the shapes of the others
     std::vector<Range> ranges;
     bool any_written = false;
     size_t count = 0;
@@ -216,9 +101,10 @@ inline Operands::Operands(std::initializer_list<ListArgument> arguments, bool sa
     data.resize(lists.size());
     for (size_t l = 0; l < lists.size(); ++l) {
         const ListArgument& list = lists[l];
+        const TensorReader& reader = list.tensors.reader();
         data[l].reserve(list.tensors.size());
         for (size_t i = 0; i < list.tensors.size(); ++i) {
-            const detail::Description tensor(list.tensors[i]);
+            const Description tensor = reader.describe(list.tensors[i]);
             if (!tensor.is_strided) {
                 fail(list.name, "[", i, "]: a sparse or other special layout, expected a strided tensor");
             }
@@ -256,7 +142,7 @@ inline Operands::Operands(std::initializer_list<ListArgument> arguments, bool sa
                 }
             }
 
-            const auto address = detail::address_of(list.tensors[i], tensor.numel, size_of(dtype));
+            const auto address = address_of(list.tensors[i], tensor.numel, size_of(dtype), reader);
             if (!address) {
                 fail(list.name, "[", i, "]: its storage is smaller than the tensor; it was freed or resized");
             }
@@ -298,7 +184,7 @@ inline void Operands::check_disjoint(const std::vector<ListArgument>& lists, std
 
 inline const void* Operands::scalar(const char* name, AtenTensorHandle handle, std::optional<Dtype> expected) const {
     const Dtype wide = expected.value_or(dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32);
-    const detail::Description tensor(handle);
+    const Description tensor = kStableReader.describe(handle);
     if (!tensor.is_strided || tensor.numel != 1) {
         fail(name, ": expected a tensor of one element");
     }
@@ -308,7 +194,7 @@ inline const void* Operands::scalar(const char* name, AtenTensorHandle handle, s
     if (tensor.device_type != device_type || tensor.device_index != device_index) {
         fail(name, ": expected a tensor on the device of the lists");
     }
-    const auto address = detail::address_of(handle, 1, size_of(wide));
+    const auto address = address_of(handle, 1, size_of(wide));
     if (!address) {
         fail(name, ": its storage is smaller than the tensor; it was freed or resized");
     }

@@ -118,7 +118,7 @@ inline bool take(PyObject* value, References& references, TensorList& into) {
     }
     const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(value));
     PyObject** const items = PySequence_Fast_ITEMS(value);
-    into.reserve(size);
+    into.expect(size, tensor_access->reader);
     references.reserve(size);
     for (size_t i = 0; i < size; ++i) {
         const AtenTensorHandle handle = tensor_access->borrow(items[i]);

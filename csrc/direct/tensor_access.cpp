@@ -40,18 +40,42 @@ AtenTensorHandle borrow(PyObject* object) {
     return torch::aot_inductor::tensor_pointer_to_tensor_handle(const_cast<at::Tensor*>(&tensor));
 }
 
+const at::Tensor& behind(AtenTensorHandle handle) {
+    return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+}
+
+// Tensors that borrow() gives are strided and on the CPU.
+Description describe(AtenTensorHandle handle) {
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    const c10::TensorImpl& tensor = *behind(handle).unsafeGetTensorImpl();
+    Description description;
+    description.is_strided = true;
+    description.dtype_code = static_cast<int32_t>(c10::typeMetaToScalarType(tensor.dtype()));
+    description.device_type = cpu;
+    description.numel = tensor.numel();
+    description.dim = tensor.dim();
+    description.sizes = tensor.sizes().data();
+    description.strides = tensor.strides().data();
+    return description;
+}
+
+Memory find_memory(AtenTensorHandle handle) {
+    const at::Tensor& tensor = behind(handle);
+    return {tensor.mutable_data_ptr(), tensor.storage_offset(), static_cast<int64_t>(tensor.storage().nbytes())};
+}
+
 void count_mutation(AtenTensorHandle handle) {
-    const at::Tensor& tensor = *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+    const at::Tensor& tensor = behind(handle);
     if (!tensor.is_inference()) {  // one has no version, and says so outside of inference mode
         torch::autograd::impl::bump_version(tensor);
     }
 }
 
 PyObject* to_python(AtenTensorHandle handle) {
-    return THPVariable_Wrap(*torch::aot_inductor::tensor_handle_to_tensor_pointer(handle));
+    return THPVariable_Wrap(behind(handle));
 }
 
-const TensorAccess kAccess = {&is_unobserved, &borrow, &count_mutation, &to_python};
+const TensorAccess kAccess = {&is_unobserved, &borrow, {&describe, &find_memory}, &count_mutation, &to_python};
 
 }  // namespace
 

@@ -9,6 +9,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include "../description.h"
+
 namespace gam_fused::direct {
 
 struct TensorAccess {
@@ -19,6 +21,9 @@ struct TensorAccess {
     // The tensor within the object, for as long as that lives. Null for anything but a CPU tensor that is nothing more:
     // no subclass, no other layout, no negated view, nothing that a transform has wrapped.
     AtenTensorHandle (*borrow)(PyObject* object);
+
+    // How what was borrowed is read.
+    TensorReader reader;
 
     // As torch.autograd.graph.increment_version.
     void (*count_mutation)(AtenTensorHandle tensor);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../boxing.h"
+#include "../description.h"
 #include "../operands.h"
 #include "norm_kernels.h"
 
@@ -19,7 +20,7 @@ namespace gam_fused::cpu {
 using OptionalTensor = std::optional<Tensor>;
 
 inline const void* address(const char* name, const Tensor& tensor, int64_t numel, Dtype dtype) {
-    const auto found = gam_fused::detail::address_of(tensor.get(), numel, size_of(dtype));
+    const auto found = address_of(tensor.get(), numel, size_of(dtype));
     if (!found) {
         fail(name, ": its storage is smaller than the tensor; it was freed or resized");
     }
@@ -30,7 +31,7 @@ inline const void* address(const char* name, const Tensor& tensor, int64_t numel
 class Activations {
  public:
     Activations(const Tensor& grad_output, const Tensor& input, const OptionalTensor& gg_input)
-        : input_(input), description_(input.get()) {
+        : input_(input), description_(kStableReader.describe(input.get())) {
         if (!description_.is_strided || !description_.dtype()) {
             fail("input: expected a strided tensor of float64, float32, bfloat16 or float16");
         }
@@ -90,7 +91,7 @@ class Activations {
     }
 
     void check_like_input(const char* name, const Tensor& tensor) const {
-        const gam_fused::detail::Description other(tensor.get());
+        const Description other = kStableReader.describe(tensor.get());
         if (!other.is_strided || other.dtype_code != description_.dtype_code ||
             other.device_type != description_.device_type || !other.has_sizes_of(description_)) {
             fail(name, ": dtype, device or shape differs from that of input");
@@ -101,7 +102,7 @@ class Activations {
     }
 
     const Tensor& input_;
-    gam_fused::detail::Description description_;
+    Description description_;
 };
 
 // A small tensor as numbers; `otherwise`, `size` times, where it is left out.
@@ -110,7 +111,7 @@ inline std::vector<double> numbers(const char* name, const OptionalTensor& tenso
     if (!tensor) {
         return result;
     }
-    const gam_fused::detail::Description description(tensor->get());
+    const Description description = kStableReader.describe(tensor->get());
     const auto dtype = description.dtype();
     if (!description.is_strided || !dtype || description.numel != size || !tensor->is_contiguous()) {
         fail(name, ": expected a contiguous floating point tensor of ", size, " elements");
@@ -127,7 +128,7 @@ inline std::vector<double> numbers(const char* name, const OptionalTensor& tenso
 
 // Numbers as a tensor like `like`, rounded once to the accumulation type and once more to the tensor's.
 inline void write_numbers(const std::vector<double>& from, Tensor& to) {
-    const auto dtype = gam_fused::detail::Description(to.get()).dtype();
+    const auto dtype = kStableReader.describe(to.get()).dtype();
     if (!dtype) {
         fail("weight: expected float64, float32, bfloat16 or float16");
     }
