@@ -222,6 +222,23 @@ def test_several_faults_at_once_raise_and_write_nothing(name: str, data: st.Data
     assert_refused(call, whole)
 
 
+@over_operators
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_a_storage_must_reach_to_the_end_of_a_view_behind_an_offset(name: str, missing: int) -> None:
+    """``missing`` elements too short; 3 are as many as lie before the view."""
+    for key in LISTS[name]:
+        call = Call(name, [(5,), (2, 3)], torch.float32)
+        last = call.lists[key][1]
+        view = torch.zeros(last.numel() + 3)[3:].view(last.shape).copy_(last)
+        view.untyped_storage().resize_((last.numel() + 3 - missing) * last.element_size())
+        call.lists[key][1] = view
+        if missing:
+            assert_refused(call, [tensor for tensor in call.tensors() if tensor is not view])
+        else:
+            call()
+            call.directly()
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_norms_of_two_devices_are_refused(order: int) -> None:
     lists = [[torch.ones(3)], [torch.ones(3, device="meta")]][::order]
