@@ -10,7 +10,14 @@
 
 namespace gam_fused::cpu::GAM_FUSED_SET {
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 256;
+
+// Before a loop over lists that do not overlap, which a compiler could not know.
+#if defined(__clang__)
+#define GAM_FUSED_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define GAM_FUSED_INDEPENDENT _Pragma("GCC ivdep")
+#endif
 
 template <typename T>
 void load(accumulation_t<T>* __restrict block, const T* __restrict from, int64_t size) {
@@ -457,28 +464,51 @@ void decompose(Dtype dtype, const GradientsChunk& chunk, int64_t size, const Wei
     });
 }
 
-// The gradient that a base rule steps along, in `d`; left in `grad` as well if asked for.
+// The gradient that a base rule steps along, element by element; left in `result` as well.
+template <typename A>
+struct CombinedGrad {
+    const A* grad;
+    const A* hvp;
+    A* result;
+    A scale;
+    A factor;
+    A sign;
+
+    inline __attribute__((always_inline)) A operator()(int64_t i) const {
+        const A d = combined(grad[i], hvp[i], scale) * factor;
+        result[i] = d;
+        return sign * d;
+    }
+};
+
+// Of a block that begins there. The results end up in the gradients, if they are asked for, or nowhere.
 template <typename T>
-inline __attribute__((always_inline)) void combined_block(accumulation_t<T>* __restrict d, T* __restrict grad,
-                                                          const T* __restrict hvp, int64_t size,
-                                                          const Combination& combination) {
+struct CombinedBlock {
     using A = accumulation_t<T>;
-    const A scale = static_cast<A>(combination.penalty_scale), factor = static_cast<A>(combination.factor);
-    A g_block[kBlock], h_block[kBlock];
-    const A* g = view(g_block, grad, size);
-    const A* h = view(h_block, hvp, size);
-    for (int64_t i = 0; i < size; ++i) {
-        d[i] = combined(g[i], h[i], scale) * factor;
+
+    template <typename Chunk>
+    inline __attribute__((always_inline)) CombinedGrad<A> open(const Chunk& chunk, int64_t begin, int64_t size,
+                                                               const Combination& combination) {
+        A* const g = editable(g_block, static_cast<T*>(chunk.grad) + begin, size);
+        const A* const h = view(h_block, static_cast<const T*>(chunk.hvp) + begin, size);
+        return {g,
+                h,
+                combination.write_grads ? g : d_block,
+                static_cast<A>(combination.penalty_scale),
+                static_cast<A>(combination.factor),
+                combination.maximize ? A(-1) : A(1)};
     }
-    if (combination.write_grads) {
-        store(grad, d, size);
-    }
-    if (combination.maximize) {
-        for (int64_t i = 0; i < size; ++i) {
-            d[i] = -d[i];
+
+    template <typename Chunk>
+    inline __attribute__((always_inline)) void close(const Chunk& chunk, int64_t begin, int64_t size,
+                                                     const Combination& combination) {
+        if (combination.write_grads) {
+            put_back(static_cast<T*>(chunk.grad) + begin, g_block, size);
         }
     }
-}
+
+    A g_block[kBlock], h_block[kBlock], d_block[kBlock];
+};
 
 // ---------------------------------------------------------------- base rules
 
@@ -528,29 +558,32 @@ inline __attribute__((always_inline)) void with_constants(const AdamWTerms& term
                   : with_amsgrad(ConstantAdamWTerms<false, false, false>{});
 }
 
+// The loops of base rules go over their lists once, where elements need not be widened: a block in between costs more
+// than the arithmetic. The constants are made within, where no list can overlap them.
+
 template <typename T, typename Terms>
 void sgd_step_of(const SGDChunk& chunk, int64_t size, const SGDLaunch& launch, const RandomChunk* random, Terms terms) {
     using A = accumulation_t<T>;
-    const SGD<A> sgd = {static_cast<A>(launch.sgd.lr), static_cast<A>(launch.sgd.weight_decay),
-                        static_cast<A>(launch.sgd.momentum), static_cast<A>(launch.sgd.one_minus_dampening)};
     for_each_block(size, [&](int64_t begin, int64_t block_size) {
-        A d[kBlock], theta[kBlock], buffer_block[kBlock];
+        const SGD<A> sgd = {static_cast<A>(launch.sgd.lr), static_cast<A>(launch.sgd.weight_decay),
+                            static_cast<A>(launch.sgd.momentum), static_cast<A>(launch.sgd.one_minus_dampening)};
+        A theta[kBlock], backup_block[kBlock], buffer_block[kBlock];
         T* const buffers = Terms::momentum ? static_cast<T*>(chunk.momentum_buffer) + begin : nullptr;
-        combined_block(d, static_cast<T*>(chunk.grad) + begin, static_cast<const T*>(chunk.hvp) + begin, block_size,
-                       launch.combination);
-        load(theta, static_cast<const T*>(chunk.backup) + begin, block_size);
-        if constexpr (Terms::momentum) {
-            A* const buffer = editable(buffer_block, buffers, block_size, !Terms::first_step);
-            for (int64_t i = 0; i < block_size; ++i) {
-                sgd_step(theta[i], buffer[i], d[i], sgd, terms);
-            }
-            put_back(buffers, buffer, block_size);
-        } else {
-            A unused = 0;
-            for (int64_t i = 0; i < block_size; ++i) {
-                sgd_step(theta[i], unused, d[i], sgd, terms);
-            }
+        const A* const backup = view(backup_block, static_cast<const T*>(chunk.backup) + begin, block_size);
+        CombinedBlock<T> block;
+        const CombinedGrad<A> grad = block.open(chunk, begin, block_size, launch.combination);
+        A* const buffer =
+            Terms::momentum ? editable(buffer_block, buffers, block_size, !Terms::first_step) : buffer_block;
+        GAM_FUSED_INDEPENDENT
+        for (int64_t i = 0; i < block_size; ++i) {
+            A stepped = backup[i];
+            sgd_step(stepped, buffer[i], grad(i), sgd, terms);
+            theta[i] = stepped;
         }
+        if constexpr (Terms::momentum) {
+            put_back(buffers, buffer, block_size);
+        }
+        block.close(chunk, begin, block_size, launch.combination);
         draw_params<T>(theta, random, begin, block_size);
         store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
     });
@@ -568,35 +601,37 @@ template <typename T, typename Terms>
 void adamw_step_of(const AdamWChunk& chunk, int64_t size, const AdamWLaunch& launch,
                    const BiasCorrections<double>& exact_corrections, const RandomChunk* random, Terms terms) {
     using A = accumulation_t<T>;
-    const AdamW<A> adamw = {static_cast<A>(launch.adamw.lr),
-                            static_cast<A>(launch.adamw.beta2),
-                            static_cast<A>(launch.adamw.one_minus_beta1),
-                            static_cast<A>(launch.adamw.one_minus_beta2),
-                            static_cast<A>(launch.adamw.eps),
-                            static_cast<A>(launch.adamw.weight_decay)};
-    const BiasCorrections<A> corrections = {static_cast<A>(exact_corrections.first),
-                                            static_cast<A>(exact_corrections.second_root)};
     for_each_block(size, [&](int64_t begin, int64_t block_size) {
-        // Blocks throughout: compilers do not vectorise this loop over three lists in memory that might overlap.
-        A d[kBlock], theta[kBlock], mean[kBlock], square[kBlock], largest[kBlock];
+        const AdamW<A> adamw = {static_cast<A>(launch.adamw.lr),
+                                static_cast<A>(launch.adamw.beta2),
+                                static_cast<A>(launch.adamw.one_minus_beta1),
+                                static_cast<A>(launch.adamw.one_minus_beta2),
+                                static_cast<A>(launch.adamw.eps),
+                                static_cast<A>(launch.adamw.weight_decay)};
+        const BiasCorrections<A> corrections = {static_cast<A>(exact_corrections.first),
+                                                static_cast<A>(exact_corrections.second_root)};
+        A theta[kBlock], backup_block[kBlock], mean_block[kBlock], square_block[kBlock], largest_block[kBlock];
         T* const means = static_cast<T*>(chunk.exp_avg) + begin;
         T* const squares = static_cast<T*>(chunk.exp_avg_sq) + begin;
-        combined_block(d, static_cast<T*>(chunk.grad) + begin, static_cast<const T*>(chunk.hvp) + begin, block_size,
-                       launch.combination);
-        load(theta, static_cast<const T*>(chunk.backup) + begin, block_size);
-        load(mean, means, block_size);
-        load(square, squares, block_size);
-        if constexpr (Terms::amsgrad) {
-            load(largest, static_cast<const T*>(chunk.max_exp_avg_sq) + begin, block_size);
-        }
+        T* const maxima = Terms::amsgrad ? static_cast<T*>(chunk.max_exp_avg_sq) + begin : nullptr;
+        const A* const backup = view(backup_block, static_cast<const T*>(chunk.backup) + begin, block_size);
+        A* const mean = editable(mean_block, means, block_size);
+        A* const square = editable(square_block, squares, block_size);
+        CombinedBlock<T> block;
+        const CombinedGrad<A> grad = block.open(chunk, begin, block_size, launch.combination);
+        A* const largest = Terms::amsgrad ? editable(largest_block, maxima, block_size) : largest_block;
+        GAM_FUSED_INDEPENDENT
         for (int64_t i = 0; i < block_size; ++i) {
-            adamw_step(theta[i], mean[i], square[i], largest[i], d[i], adamw, corrections, terms);
+            A stepped = backup[i];
+            adamw_step(stepped, mean[i], square[i], largest[i], grad(i), adamw, corrections, terms);
+            theta[i] = stepped;
         }
-        store(means, mean, block_size);
-        store(squares, square, block_size);
         if constexpr (Terms::amsgrad) {
-            store(static_cast<T*>(chunk.max_exp_avg_sq) + begin, largest, block_size);
+            put_back(maxima, largest, block_size);
         }
+        put_back(means, mean, block_size);
+        put_back(squares, square, block_size);
+        block.close(chunk, begin, block_size, launch.combination);
         draw_params<T>(theta, random, begin, block_size);
         store_param(static_cast<T*>(chunk.param) + begin, theta, block_size, launch.combination.is_streaming);
     });
