@@ -142,7 +142,7 @@ def cxx_flags(*more: str) -> list[str]:
     version = re.search(r'"(.+)"', (HERE / "gam_fused" / "_version.py").read_text(encoding="utf-8").split("=")[1])
     flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     identity = macros(VERSION=version.group(1), TORCH=torch.__version__, ABI=ABI, FLAGS=shlex.join(flags))
-    return [ABI_MACRO, *more, *identity, *WARNINGS, *flags]
+    return [*more, *identity, *WARNINGS, *flags]
 
 
 def includes(device: str) -> list[str]:
@@ -167,7 +167,7 @@ def cpu_extension() -> Extension:
         ["csrc/ops.cpp", "csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/second_order/*.cpp"))],
         library_dirs=library_paths("cpu"),
         libraries=["torch_cpu"],  # not torch_python: that one's interface changes with every release
-        extra_compile_args={"cxx": cxx_flags(*includes("cpu"))},
+        extra_compile_args={"cxx": cxx_flags(ABI_MACRO, *includes("cpu"))},
         language="c++",
     )
 
@@ -195,7 +195,7 @@ def cuda_extension() -> Extension:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         extra_compile_args={
             "cxx": cxx_flags(
-                *("-DUSE_CUDA", *includes("cuda")),
+                *(ABI_MACRO, "-DUSE_CUDA", *includes("cuda")),
                 *macros(CUDA=version, ARCHITECTURES=architectures),
             ),
             "nvcc": [ABI_MACRO, *NVCC_FLAGS, *includes("cuda")],
@@ -212,7 +212,7 @@ def direct_extension() -> Extension:
         ["csrc/direct/tensor_access.cpp"],
         library_dirs=library_paths("cpu"),
         libraries=["torch_python", "torch_cpu", "c10"],
-        extra_compile_args={"cxx": [flag for flag in cxx_flags(*includes("cpu")) if flag != ABI_MACRO]},
+        extra_compile_args={"cxx": cxx_flags(*includes("cpu"))},  # without the limits of the stable ABI
         language="c++",
     )
 
@@ -314,7 +314,8 @@ def fail_if_asked_for(name: str, problem: Unbuildable) -> None:
         return
     # That CUDA has no compiler here is no failure of the native build; that its compiler fails is one.
     is_native = name != "gam_fused._C_cuda" or isinstance(problem, NotCompiled)
-    variable = "GAM_FUSED_NATIVE" if NATIVE and is_native else "GAM_FUSED_CUDA" if CUDA else None
+    is_for_cuda = name != "gam_fused._C_direct"  # which CUDA kernels do without
+    variable = "GAM_FUSED_NATIVE" if NATIVE and is_native else "GAM_FUSED_CUDA" if CUDA and is_for_cuda else None
     if variable:
         raise SetupError(f"{variable}=1 asks for {name}, which cannot be built: {problem}")
 

@@ -10,8 +10,7 @@ PYBIND11_MODULE(_C, module) {
         using namespace gam_fused::direct;
         const void* const pointer = PyCapsule_GetPointer(access.ptr(), kTensorAccess);
         PyObject* const calls = pointer ? python_calls(static_cast<const TensorAccess*>(pointer)) : nullptr;
-        if (calls == nullptr || PyErr_Occurred() != nullptr) {
-            Py_XDECREF(calls);
+        if (calls == nullptr) {
             throw pybind11::error_already_set();
         }
         return pybind11::reinterpret_steal<pybind11::dict>(calls);

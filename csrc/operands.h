@@ -10,9 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <initializer_list>
-#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -317,24 +318,20 @@ void for_each_operator(const Visit& visit) {
     visit(Operator<&adamw_step_<&launch_adamw_step>>{}, schemas::adamw_step_);
 }
 
-std::string name_of(const std::string& schema) {
-    return schema.substr(0, schema.find('('));
-}
-
 }  // namespace
 
 }  // namespace gam_fused::cpu
 
 PyObject* gam_fused::direct::python_calls(const TensorAccess* access) {
     tensor_access = access;
-    PyObject* const calls = PyDict_New();
+    PyObject* calls = PyDict_New();
+    bool is_whole = calls != nullptr;
     cpu::for_each_operator([&](auto each, const char* schema) {
-        PyObject* const call = python_call<decltype(each)::function>(schema);
-        if (call != nullptr && calls != nullptr) {  // otherwise there is an exception to be found
-            PyDict_SetItemString(calls, cpu::name_of(schema).c_str(), call);
-        }
-        Py_XDECREF(call);
+        is_whole = is_whole && add_python_call<decltype(each)::function>(calls, schema);
     });
+    if (!is_whole) {
+        Py_CLEAR(calls);
+    }
     return calls;
 }
 
@@ -345,6 +342,7 @@ STABLE_TORCH_LIBRARY(gam_fused, library) {
 STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, library) {
     using namespace gam_fused;
     cpu::for_each_operator([&](auto each, const char* schema) {
-        library.impl(cpu::name_of(schema).c_str(), boxed<decltype(each)::function>);
+        const std::string name(schema, std::strchr(schema, '('));
+        library.impl(name.c_str(), boxed<decltype(each)::function>);
     });
 }

@@ -211,6 +211,17 @@ def test_a_release_of_pytorch_that_direct_calls_do_not_compile_with_leaves_the_k
     assert "GAM_FUSED_NATIVE=1 asks for gam_fused._C_direct, which cannot be built" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_that_are_asked_for_do_not_ask_for_direct_calls(checkout: Path) -> None:
+    (checkout / "csrc" / "direct" / "tensor_access.cpp").write_text("#error wrong\n")
+    done = build(checkout, GAM_FUSED_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    held = [name.split(".")[0] for name in files(wheel) if name.endswith(".so")]
+    assert sorted(held) == ["gam_fused/_C", "gam_fused/_C_cuda"]
+
+
 def test_an_extension_left_over_from_another_build_does_not_get_into_the_wheel(checkout: Path) -> None:
     assert build(checkout, **NO_COMPILER).returncode == 0
     (lib,) = (checkout / "build").glob("lib*")

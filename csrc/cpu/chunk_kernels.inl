@@ -10,9 +10,12 @@
 
 namespace gam_fused::cpu::GAM_FUSED_SET {
 
+// Lists of large tensors lie at equal places within their pages, so that all of their elements of an index, and a block
+// of theirs, compete for the same lines of a first-level cache: blocks are a small part of one.
 constexpr int64_t kBlock = 256;
 
-// Before a loop over lists that do not overlap, which a compiler could not know.
+// Before a loop in which no element depends on another of another index, which a compiler could not know. Two names may
+// stand for one list.
 #if defined(__clang__)
 #define GAM_FUSED_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -472,12 +475,12 @@ struct CombinedGrad {
     A* result;
     A scale;
     A factor;
-    A sign;
+    bool maximize;
 
     inline __attribute__((always_inline)) A operator()(int64_t i) const {
         const A d = combined(grad[i], hvp[i], scale) * factor;
         result[i] = d;
-        return sign * d;
+        return maximize ? -d : d;
     }
 };
 
@@ -496,7 +499,7 @@ struct CombinedBlock {
                 combination.write_grads ? g : d_block,
                 static_cast<A>(combination.penalty_scale),
                 static_cast<A>(combination.factor),
-                combination.maximize ? A(-1) : A(1)};
+                combination.maximize};
     }
 
     template <typename Chunk>

@@ -2,9 +2,10 @@
 //
 // A call through PyTorch's dispatcher costs 150 to 200 ns for each tensor of its lists, in references counted up and
 // down and handles made and deleted; hundreds of small tensors take longer to pass than to compute with. These
-// functions borrow them instead. They take the arguments that the schema names and make the same checks. One that finds
-// anything that is for the dispatcher to deal with, or an argument left out that is not None by default, returns
-// NotImplemented before anything is done. Mutations are counted.
+// functions borrow them instead, and keep Python's global interpreter lock, so that no other thread can take them away.
+// They take the arguments that the schema names, make the same checks, and count the mutations of the lists that the
+// schema marks. One that finds anything that is for the dispatcher to deal with, an argument left out that is not None
+// by default, or more elements than the lock should be kept for, returns NotImplemented before anything is done.
 
 #pragma once
 
@@ -30,6 +31,10 @@ namespace gam_fused::direct {
 
 inline const TensorAccess* tensor_access = nullptr;  // set before the first call
 
+// In all lists of a call. The lock is kept for a millisecond or two, less than Python lets a thread keep it anyway.
+// More elements take so long to compute with that the dispatcher's time for their tensors is a small part.
+constexpr int64_t kMostElements = int64_t{1} << 22;
+
 // What a schema calls an operator and its arguments, and which of them the operator writes.
 class Signature {
  public:
@@ -41,20 +46,23 @@ class Signature {
             const std::string argument = schema.substr(begin, comma - begin);
             begin = comma + 2;
             if (argument == "*") {
+                positional_ = names_.size();
                 continue;
             }
             const size_t name = argument.find(' ') + 1;
             names_.push_back(PyUnicode_InternFromString(argument.substr(name, argument.find('=') - name).c_str()));
             is_written_.push_back(argument.find('!') < name);
         }
+        positional_ = std::min(positional_, names_.size());
     }
 
     const char* name() const { return name_.c_str(); }
     bool is_written(size_t argument) const { return is_written_[argument]; }
 
-    // Each argument that is given at its place in `values`. False where one is given that there is none of, or twice.
+    // Each argument that is given at its place in `values`. False where one is given that there is none of, or twice,
+    // or without the name that it has to be given by.
     bool place(PyObject* const* given, size_t count, PyObject* keywords, PyObject** values) const {
-        if (count > names_.size()) {
+        if (count > positional_) {
             return false;
         }
         std::copy(given, given + count, values);
@@ -80,72 +88,50 @@ class Signature {
     }
 
     std::string name_;
+    size_t positional_ = SIZE_MAX;  // how many arguments may be given without their names
     std::vector<PyObject*> names_;  // of arguments, for as long as the process lives
     std::vector<bool> is_written_;
 };
 
 // ---------------------------------------------------------------- from Python's objects
 
-// What a call works on while other threads may change the lists that it came in.
-class References {
- public:
-    References() = default;
-    References(const References&) = delete;
-    References& operator=(const References&) = delete;
+// take(value, into): whether the value is one that can be taken. `value` is null where none is given. Lists are also
+// told how many elements there is room for.
 
-    ~References() {
-        for (PyObject* object : objects_) {
-            Py_DECREF(object);
-        }
-    }
-
-    void reserve(size_t more) { objects_.reserve(objects_.size() + more); }
-
-    void hold(PyObject* object) {
-        Py_INCREF(object);
-        objects_.push_back(object);
-    }
-
- private:
-    std::vector<PyObject*> objects_;
-};
-
-// take(value, references, into): whether the value is one that can be taken. `value` is null where none is given.
-
-inline bool take(PyObject* value, References& references, TensorList& into) {
+inline bool take(PyObject* value, int64_t& room, TensorList& into) {
     if (value == nullptr || !(PyList_CheckExact(value) || PyTuple_CheckExact(value))) {
         return false;
     }
     const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(value));
     PyObject** const items = PySequence_Fast_ITEMS(value);
     into.expect(size, tensor_access->reader);
-    references.reserve(size);
     for (size_t i = 0; i < size; ++i) {
-        const AtenTensorHandle handle = tensor_access->borrow(items[i]);
-        if (handle == nullptr) {
+        int64_t numel = 0;
+        const AtenTensorHandle handle = tensor_access->borrow(items[i], &numel);
+        room -= numel;
+        if (handle == nullptr || room < 0) {
             return false;
         }
-        references.hold(items[i]);
         into.borrow(handle);
     }
     return true;
 }
 
-inline bool take(PyObject* value, References& references, std::optional<Tensor>& into) {
+inline bool take(PyObject* value, std::optional<Tensor>& into) {
     if (value == nullptr || value == Py_None) {
         return true;
     }
-    const AtenTensorHandle borrowed = tensor_access->borrow(value);
+    int64_t numel = 0;
+    const AtenTensorHandle borrowed = tensor_access->borrow(value, &numel);
     AtenTensorHandle owned = nullptr;
     if (borrowed == nullptr || aoti_torch_new_tensor_handle(borrowed, &owned) != TORCH_SUCCESS) {
         return false;
     }
-    references.hold(value);
     into.emplace(owned);
     return true;
 }
 
-inline bool take(PyObject* value, References&, double& into) {
+inline bool take(PyObject* value, double& into) {
     if (value == nullptr || !(PyFloat_Check(value) || PyLong_CheckExact(value))) {
         return false;
     }
@@ -157,12 +143,12 @@ inline bool take(PyObject* value, References&, double& into) {
     return true;
 }
 
-inline bool take(PyObject* value, References&, bool& into) {
+inline bool take(PyObject* value, bool& into) {
     into = value == Py_True;
     return value == Py_True || value == Py_False;
 }
 
-inline bool take(PyObject* value, References&, std::optional<int64_t>& into) {
+inline bool take(PyObject* value, std::optional<int64_t>& into) {
     if (value == nullptr || value == Py_None) {
         return true;
     }
@@ -185,12 +171,16 @@ struct Taken<Tensor> {
 };
 
 template <typename T>
-bool take(PyObject* value, References& references, Taken<T>& into) {
-    return take(value, references, into.value);
+bool take(PyObject* value, int64_t&, Taken<T>& into) {
+    return take(value, into.value);
 }
 
-inline bool take(PyObject* value, References& references, Taken<Tensor>& into) {
-    return value != Py_None && value != nullptr && take(value, references, into.value);
+inline bool take(PyObject* value, int64_t& room, Taken<TensorList>& into) {
+    return take(value, room, into.value);
+}
+
+inline bool take(PyObject* value, int64_t&, Taken<Tensor>& into) {
+    return value != Py_None && value != nullptr && take(value, into.value);
 }
 
 // ---------------------------------------------------------------- back to them
@@ -218,23 +208,7 @@ PyObject* to_python(const std::tuple<Ts...>& results) {
         results);
 }
 
-inline PyObject* to_python(std::nullptr_t) {
-    Py_RETURN_NONE;
-}
-
 // ---------------------------------------------------------------- calls
-
-// Runs without Python's global interpreter lock for as long as it exists.
-class Unlocked {
- public:
-    Unlocked() : state_(PyEval_SaveThread()) {}
-    ~Unlocked() { PyEval_RestoreThread(state_); }
-    Unlocked(const Unlocked&) = delete;
-    Unlocked& operator=(const Unlocked&) = delete;
-
- private:
-    PyThreadState* state_;
-};
 
 template <auto function>
 struct Call;
@@ -252,23 +226,21 @@ struct Call<function> {
     static PyObject* call(PyObject* const* given, size_t count, PyObject* keywords, std::index_sequence<kIndices...>) {
         try {
             PyObject* values[sizeof...(Arguments)] = {};
-            References references;
             std::tuple<Taken<std::decay_t<Arguments>>...> arguments;
+            int64_t room = kMostElements;
             if (!tensor_access->is_unobserved() || !signature->place(given, count, keywords, values) ||
-                !(take(values[kIndices], references, std::get<kIndices>(arguments)) && ...)) {
+                !(take(values[kIndices], room, std::get<kIndices>(arguments)) && ...)) {
                 Py_RETURN_NOTIMPLEMENTED;
             }
-            const auto result = [&] {
-                const Unlocked unlocked;
-                if constexpr (std::is_void_v<Result>) {
-                    function(std::get<kIndices>(arguments).get()...);
-                    return nullptr;
-                } else {
-                    return function(std::get<kIndices>(arguments).get()...);
-                }
-            }();
-            (count_mutations(signature->is_written(kIndices), std::get<kIndices>(arguments)), ...);
-            return to_python(result);
+            if constexpr (std::is_void_v<Result>) {
+                function(std::get<kIndices>(arguments).get()...);
+                (count_mutations(signature->is_written(kIndices), std::get<kIndices>(arguments)), ...);
+                Py_RETURN_NONE;
+            } else {  // those that have a result write nothing
+                return to_python(function(std::get<kIndices>(arguments).get()...));
+            }
+        } catch (const std::bad_alloc&) {
+            return PyErr_NoMemory();
         } catch (const std::exception& error) {
             PyErr_SetString(PyExc_RuntimeError, error.what());
             return nullptr;
@@ -285,16 +257,20 @@ struct Call<function> {
     }
 };
 
-// A new reference to a Python function for `function`, which has this schema; null with an exception set.
+// Puts a Python function for `function`, which has this schema, into the dict under the operator's name. False with an
+// exception set.
 template <auto function>
-PyObject* python_call(const char* schema) {
+bool add_python_call(PyObject* calls, const char* schema) {
     static const Signature signature(schema);
     // Through void*: the flags say which kind of function it is.
     static PyMethodDef definition = {signature.name(),
                                      reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&Call<function>::entry)),
                                      METH_FASTCALL | METH_KEYWORDS, nullptr};
     Call<function>::signature = &signature;
-    return PyCFunction_New(&definition, nullptr);
+    PyObject* const call = PyCFunction_New(&definition, nullptr);
+    const bool is_added = call != nullptr && PyDict_SetItemString(calls, signature.name(), call) == 0;
+    Py_XDECREF(call);
+    return is_added;
 }
 
 // A new reference to a dict of all operators' functions by name; null with an exception set.

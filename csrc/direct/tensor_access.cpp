@@ -1,5 +1,5 @@
 // The Python module `gam_fused._C_direct`: the one file that uses PyTorch's own C++ interface, which changes with every
-// release. build_info() says which one it was built for; beside any other, nothing of it is called (extension.py).
+// release. build_info() says which one it was built for; beside any other, nothing else of it is called (extension.py).
 
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -26,7 +26,7 @@ bool is_unobserved() {
            !at::impl::torch_function_mode_enabled() && !at::hasCallbacks();
 }
 
-AtenTensorHandle borrow(PyObject* object) {
+AtenTensorHandle borrow(PyObject* object, int64_t* numel) {
     static const c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                             c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
     if (!THPVariable_CheckExact(object)) {
@@ -36,6 +36,7 @@ AtenTensorHandle borrow(PyObject* object) {
     if (!tensor.defined() || !is_within(tensor.key_set(), plain)) {
         return nullptr;
     }
+    *numel = tensor.numel();
     // Handles point to tensors; what is done with this one leaves the tensor object as it is.
     return torch::aot_inductor::tensor_pointer_to_tensor_handle(const_cast<at::Tensor*>(&tensor));
 }

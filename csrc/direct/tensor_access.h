@@ -1,7 +1,8 @@
 // What the stable ABI has no function for: taking tensors from Python's objects and giving them back.
 //
-// Implemented in tensor_access.cpp, against one release of PyTorch, as the extension `gam_fused._C_direct`. Functions
-// are called with Python's global interpreter lock held.
+// Implemented in tensor_access.cpp, against one release of PyTorch, as the extension `gam_fused._C_direct`. Whoever
+// calls these functions keeps Python's global interpreter lock from borrow() to the last use of what it gave: tensors
+// are not referenced, and another thread could take them out of their objects.
 
 #pragma once
 
@@ -18,9 +19,9 @@ struct TensorAccess {
     // profiler is there that would see the call.
     bool (*is_unobserved)();
 
-    // The tensor within the object, for as long as that lives. Null for anything but a CPU tensor that is nothing more:
-    // no subclass, no other layout, no negated view, nothing that a transform has wrapped.
-    AtenTensorHandle (*borrow)(PyObject* object);
+    // The tensor within the object, and how many elements it has. Null for anything but a CPU tensor (or Parameter)
+    // that is nothing more: no other subclass, no other layout, no negated view, nothing that a transform has wrapped.
+    AtenTensorHandle (*borrow)(PyObject* object, int64_t* numel);
 
     // How what was borrowed is read.
     TensorReader reader;

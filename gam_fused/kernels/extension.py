@@ -44,7 +44,9 @@ def direct_calls() -> Mapping[str, Callable[..., Any]]:
 
     They take what the schemas name, count their mutations and give the operators' results and errors, or
     ``NotImplemented``, with nothing done, where the dispatcher is needed: for tensors other than plain ones on the CPU,
-    under modes, transforms and profilers, and where an argument without ``None`` for a default is left out.
+    under modes, transforms and profilers, where an argument without ``None`` for a default is left out, and for more
+    than 4,194,304 elements, since other threads wait meanwhile. A kernel that somebody has registered in the place of
+    this package's is not called.
     """
     return {} if isinstance(_DIRECT, str) else _DIRECT
 
@@ -104,6 +106,11 @@ def _load_direct() -> Mapping[str, Callable[..., Any]] | str:
     module = _load("_C_direct")
     if isinstance(module, str):
         return module
+    # The two share structs that no version tells apart.
+    folders = {Path(extension.__file__ or "").parent for extension in (_CPU, module)}
+    if len(folders) > 1:
+        where = " and ".join(sorted(map(str, folders)))
+        return f"gam_fused._C and gam_fused._C_direct are of two builds, in {where}; install gam_fused again."
     built_for = module.build_info()["torch"]
     if built_for != torch.__version__:
         return (

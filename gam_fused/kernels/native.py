@@ -198,7 +198,7 @@ def _call_directly(name: str, lists: _Lists, numbers: tuple[Any, ...], options: 
 def _dispatch(name: str, lists: _Lists, numbers: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     """Through PyTorch's dispatcher, mutations not counted."""
     operator = getattr(torch.ops.gam_fused, name).default
-    with torch._C._AutoDispatchBelowADInplaceOrView():
+    with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
         return operator(*lists.values(), *numbers, **options)
 
 

@@ -72,8 +72,10 @@ def test_cuda_kernels_need_the_operators_and_a_pytorch_with_cuda(monkeypatch: py
 
 def test_direct_calls_are_for_the_release_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    operators = types.SimpleNamespace(python_calls=lambda access: asked.append(access) or {"l2_norm": sum})
-    direct = types.SimpleNamespace(tensor_access="a capsule", build_info=lambda: facts)
+    operators = types.SimpleNamespace(
+        python_calls=lambda access: asked.append(access) or {"l2_norm": sum}, __file__="/one/_C.so"
+    )
+    direct = types.SimpleNamespace(tensor_access="a capsule", build_info=lambda: facts, __file__="/one/_C_direct.so")
     monkeypatch.setattr(extension, "_CPU", operators)
     loads(monkeypatch, direct)
     facts = {"version": gam_fused.__version__, "torch": torch.__version__}
@@ -82,7 +84,11 @@ def test_direct_calls_are_for_the_release_they_were_built_for(monkeypatch: pytes
     facts["torch"] = "1.0"
     reason = f"gam_fused._C_direct was built for PyTorch 1.0, and this is {torch.__version__}; install gam_fused again."
     assert extension._load_direct() == reason
-    assert asked == ["a capsule"]  # nothing of another release's is called
+    facts["torch"] = torch.__version__
+    direct.__file__ = "/two/_C_direct.so"
+    reason = "gam_fused._C and gam_fused._C_direct are of two builds, in /one and /two; install gam_fused again."
+    assert extension._load_direct() == reason
+    assert asked == ["a capsule"]  # nothing of another release's or build's is called
     monkeypatch.setattr(extension, "_CPU", "no compiler.")
     assert extension._load_direct() == "no compiler."
 
