@@ -625,8 +625,11 @@ void adamw_step_of(const AdamWChunk& chunk, int64_t size, const AdamWLaunch& lau
         A* const largest = Terms::amsgrad ? editable(largest_block, maxima, block_size) : largest_block;
         GAM_FUSED_INDEPENDENT
         for (int64_t i = 0; i < block_size; ++i) {
-            A stepped = backup[i];
-            adamw_step(stepped, mean[i], square[i], largest[i], grad(i), adamw, corrections, terms);
+            // In variables, or compilers read back from memory what the rule has just written there.
+            A stepped = backup[i], first_moment = mean[i], second_moment = square[i];
+            adamw_step(stepped, first_moment, second_moment, largest[i], grad(i), adamw, corrections, terms);
+            mean[i] = first_moment;
+            square[i] = second_moment;
             theta[i] = stepped;
         }
         if constexpr (Terms::amsgrad) {
