@@ -50,5 +50,5 @@ def _native_build() -> dict[str, str]:
         "native CUDA": f"toolkit {built['cuda']}, for {built['architectures']}"
         if missing is None
         else f"none: {missing}",
-        "past the dispatcher": extension.direct_unavailable_reason() or "plain CPU tensors",
+        "past the dispatcher": extension.direct_unavailable_reason() or "small, plain CPU tensors",
     }

@@ -251,7 +251,7 @@ def test_info_says_how_the_kernels_were_built_or_why_they_are_missing(
     monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda: "no nvcc.")
     assert "native CUDA none: no nvcc." in _plain(cli("info").out)
     monkeypatch.setattr(extension, "direct_unavailable_reason", lambda: None)
-    assert "past the dispatcher plain CPU tensors" in _plain(cli("info").out)
+    assert "past the dispatcher small, plain CPU tensors" in _plain(cli("info").out)
     monkeypatch.setattr(extension, "direct_unavailable_reason", lambda: "built for another.")
     assert "past the dispatcher built for another." in _plain(cli("info").out)
     monkeypatch.setattr(extension, "build_info", lambda: None)
