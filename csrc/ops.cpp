@@ -66,6 +66,8 @@ double in_accumulation_type(Dtype dtype, const Function& function) {
 
 // ---------------------------------------------------------------- norms
 
+// Called after the last tensor of a list has been read: this one asks PyTorch for memory, which may run any code, and
+// lists may be borrowed (direct/tensor_access.h).
 Tensor new_scalar(Dtype dtype, double value) {
     using torch::headeronly::ScalarType;
     const auto scalar_type = dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
@@ -107,8 +109,9 @@ Tensor l2_norm(const TensorList& tensors) {
 std::tuple<Tensor, Tensor> l2_norm_pair(const TensorList& first, const TensorList& second) {
     const Operands operands({{"first", first}, {"second", second}}, /*same_shape=*/false);
     const auto middle = operands.numels.begin() + static_cast<std::ptrdiff_t>(first.size());
-    return {new_scalar(operands.dtype, norm_of(operands, 0, {operands.numels.begin(), middle})),
-            new_scalar(operands.dtype, norm_of(operands, 1, {middle, operands.numels.end()}))};
+    const double norm_of_first = norm_of(operands, 0, {operands.numels.begin(), middle});
+    const double norm_of_second = norm_of(operands, 1, {middle, operands.numels.end()});
+    return {new_scalar(operands.dtype, norm_of_first), new_scalar(operands.dtype, norm_of_second)};
 }
 
 Tensor difference_norm(const TensorList& ends, const TensorList& starts) {
@@ -284,7 +287,7 @@ void launch_adamw_step(const Operands& operands, const std::vector<void*>& state
     std::vector<BiasCorrections<double>> corrections;
     corrections.reserve(state_steps.size());
     for (void* const state_step : state_steps) {
-        const double count = *static_cast<float*>(state_step) += 1;
+        const double count = *static_cast<const float*>(state_step) + 1.0f;
         corrections.push_back({1 - std::pow(adamw.beta1, count), std::sqrt(1 - std::pow(adamw.beta2, count))});
     }
     const ChunkKernels& kernels = chunk_kernels();
@@ -295,6 +298,9 @@ void launch_adamw_step(const Operands& operands, const std::vector<void*>& state
         kernels.adamw_step(operands.dtype, addresses, size, launch, corrections[static_cast<size_t>(chunk.tensor)],
                            random);
     });
+    for (void* const state_step : state_steps) {  // last: above, memory may run out before anything is written
+        *static_cast<float*>(state_step) += 1;
+    }
 }
 
 // visit(an Operator, its schema) for each.

@@ -32,8 +32,9 @@ namespace gam_fused::direct {
 
 inline const TensorAccess* tensor_access = nullptr;  // set before the first call
 
-// In all lists of a call. The lock is kept for a millisecond or two, less than Python lets a thread keep it anyway.
-// More elements take so long to compute with that the dispatcher's time for their tensors is a small part.
+// In all lists of a call. The lock is kept for a millisecond or two, seldom for longer than the five that Python lets a
+// thread keep it anyway. More elements take so long to compute with that the dispatcher's time for their tensors is a
+// small part.
 constexpr int64_t kMostElements = int64_t{1} << 22;
 
 // What a schema calls an operator and its arguments, and which of them the operator writes.
@@ -58,6 +59,7 @@ class Signature {
     }
 
     const char* name() const { return name_.c_str(); }
+    size_t size() const { return names_.size(); }
     bool is_written(size_t argument) const { return is_written_[argument]; }
 
     // Each argument that is given at its place in `values`. False where one is given that there is none of, or twice,
@@ -216,7 +218,8 @@ struct Call;
 
 template <typename Result, typename... Arguments, Result (*function)(Arguments...)>
 struct Call<function> {
-    static inline const Signature* signature = nullptr;  // set before the first call
+    static inline const Signature* signature = nullptr;  // set before the first call, with as many arguments
+    static constexpr size_t kArguments = sizeof...(Arguments);
 
     static PyObject* entry(PyObject*, PyObject* const* given, Py_ssize_t count, PyObject* keywords) {
         return call(given, static_cast<size_t>(count), keywords, std::index_sequence_for<Arguments...>{});
@@ -226,7 +229,7 @@ struct Call<function> {
     template <size_t... kIndices>
     static PyObject* call(PyObject* const* given, size_t count, PyObject* keywords, std::index_sequence<kIndices...>) {
         try {
-            PyObject* values[sizeof...(Arguments)] = {};
+            PyObject* values[kArguments] = {};
             std::tuple<Taken<std::decay_t<Arguments>>...> arguments;
             int64_t room = kMostElements;
             if (!tensor_access->is_unobserved() || !signature->place(given, count, keywords, values) ||
@@ -263,6 +266,11 @@ struct Call<function> {
 template <auto function>
 bool add_python_call(PyObject* calls, const char* schema) {
     static const Signature signature(schema);
+    if (signature.size() != Call<function>::kArguments) {
+        PyErr_Format(PyExc_RuntimeError, "%s: %zu arguments, its schema names %zu", signature.name(),
+                     Call<function>::kArguments, signature.size());
+        return false;
+    }
     // Through void*: the flags say which kind of function it is.
     static PyMethodDef definition = {signature.name(),
                                      reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&Call<function>::entry)),

@@ -1,8 +1,9 @@
 // What the stable ABI has no function for: taking tensors from Python's objects and giving them back.
 //
 // Implemented in tensor_access.cpp, against one release of PyTorch, as the extension `gam_fused._C_direct`. Whoever
-// calls these functions keeps Python's global interpreter lock from borrow() to the last use of what it gave: tensors
-// are not referenced, and another thread could take them out of their objects.
+// calls these functions keeps Python's global interpreter lock from borrow() to the last use of what it gave, and until
+// then calls nothing that may run Python's code: the tensors are not referenced, and others could take them out of
+// their objects.
 
 #pragma once
 

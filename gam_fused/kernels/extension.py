@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -42,11 +43,11 @@ def direct_unavailable_reason() -> str | None:
 def direct_calls() -> Mapping[str, Callable[..., Any]]:
     """The operators by name as functions that skip PyTorch's dispatcher (``csrc/direct/python_calls.h``); may be none.
 
-    They take what the schemas name, count their mutations and give the operators' results and errors, or
-    ``NotImplemented``, with nothing done, where the dispatcher is needed: for tensors other than plain ones on the CPU,
-    under modes, transforms and profilers, where an argument without ``None`` for a default is left out, and for more
-    than 4,194,304 elements, since other threads wait meanwhile. A kernel that somebody has registered in the place of
-    this package's is not called.
+    They take what the schemas name, count their mutations and give the operators' results and errors (``MemoryError``
+    where memory runs out), or ``NotImplemented``, with nothing done, where the dispatcher is needed: for tensors other
+    than plain ones on the CPU, under modes, transforms and profilers, where an argument without ``None`` for a default
+    is left out, and for more than 4,194,304 elements, since other threads wait meanwhile. A kernel that somebody has
+    registered in the place of this package's is not called.
     """
     return {} if isinstance(_DIRECT, str) else _DIRECT
 
@@ -106,6 +107,8 @@ def _load_direct() -> Mapping[str, Callable[..., Any]] | str:
     module = _load("_C_direct")
     if isinstance(module, str):
         return module
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "gam_fused._C_direct needs Python's global interpreter lock, which is off; run Python without -X gil=0."
     # The two share structs that no version tells apart.
     folders = {Path(extension.__file__ or "").parent for extension in (_CPU, module)}
     if len(folders) > 1:
@@ -117,7 +120,10 @@ def _load_direct() -> Mapping[str, Callable[..., Any]] | str:
             f"gam_fused._C_direct was built for PyTorch {built_for}, and this is {torch.__version__}; "
             "install gam_fused again."
         )
-    calls: Mapping[str, Callable[..., Any]] = _CPU.python_calls(module.tensor_access)
+    try:
+        calls: Mapping[str, Callable[..., Any]] = _CPU.python_calls(module.tensor_access)
+    except Exception as error:
+        return f"gam_fused._C and gam_fused._C_direct do not go together: {error}; install gam_fused again."
     return calls
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_direct_calls_are_for_the_release_they_were_built_for(monkeypatch: pytes
     assert asked == ["a capsule"]  # nothing of another release's or build's is called
     monkeypatch.setattr(extension, "_CPU", "no compiler.")
     assert extension._load_direct() == "no compiler."
+
+
+def test_direct_calls_that_do_not_go_together_or_have_no_lock_are_left_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def python_calls(access: object) -> None:
+        raise ValueError("wrong capsule")
+
+    facts = {"version": gam_fused.__version__, "torch": torch.__version__}
+    direct = types.SimpleNamespace(tensor_access=None, build_info=lambda: facts, __file__="/one/_C_direct.so")
+    monkeypatch.setattr(extension, "_CPU", types.SimpleNamespace(python_calls=python_calls, __file__="/one/_C.so"))
+    loads(monkeypatch, direct)
+    reason = "gam_fused._C and gam_fused._C_direct do not go together: wrong capsule; install gam_fused again."
+    assert extension._load_direct() == reason
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    assert "needs Python's global interpreter lock" in str(extension._load_direct())
 
 
 def test_without_direct_calls_there_are_none_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -281,6 +283,72 @@ def test_more_elements_than_other_threads_should_wait_for_are_left_to_the_dispat
         call.lists = dict(zip(LISTS[name], ([other] for other in others), strict=True))
         with pytest.raises(NeedsDispatcher if above else RuntimeError):
             call.directly()
+
+
+def another_thread_runs_during(call: Callable[[], object]) -> bool:
+    """Whether the call lets go of the interpreter's lock for long enough that a waiting thread gets it."""
+    gate = threading.Lock()
+    has_run: list[bool] = []
+
+    def run() -> None:
+        gate.acquire()
+        has_run.append(True)
+
+    thread = threading.Thread(target=run)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)  # threads run until they let go of the lock themselves
+    try:
+        with gate:
+            thread.start()  # returns when the other thread has come to the gate
+        call()
+        return bool(has_run)
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+
+
+def test_no_other_thread_runs_between_borrowing_tensors_and_their_last_use() -> None:
+    call = Call("restore_", [(MOST_ELEMENTS // 2,)], torch.float64)
+    assert not any(another_thread_runs_during(call.directly) for _ in range(10))
+
+
+def test_other_threads_run_while_the_dispatcher_has_large_tensors() -> None:
+    call = Call("restore_", [(4 * MOST_ELEMENTS,)], torch.float64)
+    with torch.no_grad():
+        call()  # memory is there, and the operator has been looked up
+    native_backend = kernels.resolve("native")
+    assert any(another_thread_runs_during(lambda: native_backend.restore_(*call.lists.values())) for _ in range(10))
+
+
+REPLACED_EMPTY = """
+import warnings
+
+import torch
+
+from gam_fused.kernels import extension
+
+warnings.simplefilter("ignore")  # of the kernel that is replaced
+first, second = [torch.ones(4)], [torch.ones(1 << 16)]
+others, has_run = [], []
+
+def empty(size, **_):
+    if not has_run:
+        has_run.append(True)
+        second.clear()
+        others.extend(torch.empty_strided((1 << 16,), (1,)).fill_(1000.0) for _ in range(4))
+    return torch.empty_strided(size, [1] * len(size))
+
+library = torch.library.Library("aten", "IMPL")
+library.impl("empty.memory_format", empty, "CPU", allow_override=True)
+norms = extension.direct_calls()["l2_norm_pair"](first, second)
+assert has_run and list(map(float, norms)) == [2, 256], norms
+"""
+
+
+def test_results_are_made_when_all_tensors_have_been_read() -> None:
+    """PyTorch may run any code where it is asked for memory, such as this, which frees the second list."""
+    done = subprocess.run([sys.executable, "-c", REPLACED_EMPTY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- where the back end makes them
