@@ -25,8 +25,7 @@ def test_a_checkpoint_moves_to_the_plain_optimizer_and_back(base: str, backend: 
     plain.load_state_dict(first)
     fused.step(task.loss)
     plain.step(twin.loss)
-    for param, other in zip(task.model.parameters(), twin.model.parameters(), strict=True):
-        torch.testing.assert_close(param, other, rtol=1e-11, atol=1e-13)
+    assert_same_course(task, twin, fused, plain)
 
 
 def plain_optimizer(base: str, task: Task) -> torch.optim.Optimizer:

@@ -22,11 +22,7 @@ def test_a_fused_step_is_the_base_optimizers(base: str, backend: str, launches: 
     for _ in range(10):
         fused.step(task.loss)
         plain.step(twin.loss)
-        for param, other in zip(task.model.parameters(), twin.model.parameters(), strict=True):
-            torch.testing.assert_close(param, other, rtol=1e-11, atol=1e-13)
-            torch.testing.assert_close(param.grad, other.grad, rtol=1e-11, atol=1e-13)
-        states = [gam.base_optimizer.state_dict()["state"] for gam in (fused, plain)]
-        torch.testing.assert_close(*states, rtol=1e-11, atol=1e-13, check_dtype=False)
+        assert_same_course(task, twin, fused, plain)
     assert len(launches) == 20  # two groups
 
 
@@ -134,7 +130,7 @@ def test_momentum_may_be_switched_on_between_steps(backend: str, launches: list[
             for group in gam.param_groups:
                 group.update(momentum=0.9 if number > 1 else 0.0, dampening=0.25)
             gam.step(owner.loss)
-        torch.testing.assert_close(list(task.model.parameters()), list(twin.model.parameters()), rtol=1e-11, atol=1e-13)
+        assert_same_course(task, twin, fused, plain)
     assert len(launches) == 10
 
 
