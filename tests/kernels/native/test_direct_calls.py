@@ -351,6 +351,31 @@ def test_results_are_made_when_all_tensors_have_been_read() -> None:
     assert done.returncode == 0, done.stderr
 
 
+LITTLE_MEMORY = """
+import resource
+
+import torch
+
+from gam_fused.kernels import extension
+
+tensors = [torch.empty(0)] * 8_000_000
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24,) * 2)
+try:
+    extension.direct_calls()["l2_norm"](tensors)
+except MemoryError:
+    raise SystemExit(0)
+raise SystemExit("no MemoryError")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_memory_that_runs_out_is_a_memory_error() -> None:
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------- where the back end makes them
 
 
